@@ -1,0 +1,19 @@
+"""KernelWarehouse networks for timm: ``import kw_timm; timm.create_model('kw4x_resnet50')``."""
+
+from . import models
+from .checkpoints import load_checkpoint
+from .kernelize import WarehousePlan, kernelize
+from .temperature import TemperatureSchedule, get_temperature, set_temperature
+
+__version__ = '0.1.0'
+
+__all__ = [
+    'TemperatureSchedule',
+    'WarehousePlan',
+    '__version__',
+    'get_temperature',
+    'kernelize',
+    'load_checkpoint',
+    'models',
+    'set_temperature',
+]

@@ -1,0 +1,79 @@
+"""State dicts of the reference implementation <-> this package's, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..layers import KWLinear
+from .key_tables import rename, timm_names
+from .variants import REFERENCE_WAREHOUSE, check_variant
+
+if TYPE_CHECKING:
+    from ..models import KWNetwork
+
+__all__ = ['REFERENCE_WAREHOUSE', 'reference_keys', 'to_reference_state_dict', 'to_timm_state_dict']
+
+
+def to_timm_state_dict(state_dict: Mapping[str, Any], model: KWNetwork, strict: bool = True) -> dict[str, Any]:
+    """Return weights under this package's names, whichever of the two naming schemes they come in.
+
+    Args:
+        state_dict: Weights of one network.
+        model: The KW network that they are for.
+        strict: Refuse weights without any warehouse.
+
+    Returns:
+        The same tensors, renamed; ConvNeXt's layer scale is reshaped from ``(1, C, 1, 1)`` to ``(C,)``.
+
+    Raises:
+        ValueError: If the weights belong to another variant or to a static network.
+    """
+    check_variant(state_dict, model, strict)
+    if not any(key.startswith(REFERENCE_WAREHOUSE) for key in state_dict):
+        return dict(state_dict)
+    warehouse_names = list(model.warehouses)
+    # A file's own keys tell how it names the classifier; the model's may have been removed.
+    classifier = next((c for c in ('classifier.1.conv', 'classifier.1') if f'{c}.bias' in state_dict), 'classifier')
+    names = timm_names(model.family, classifier)
+    converted: dict[str, Any] = {}
+    for key, value in state_dict.items():
+        if key.startswith(REFERENCE_WAREHOUSE):
+            index = int(key.removeprefix(REFERENCE_WAREHOUSE))
+            # One more than the model has: the warehouse of a KW classifier that was left out.
+            name = warehouse_names[index] if index < len(warehouse_names) else 'classifier'
+            converted[f'warehouses.{name}.weight'] = value
+        else:
+            renamed = rename(key, names)
+            converted[renamed] = value.flatten() if renamed.endswith('.gamma') else value
+    return converted
+
+
+def reference_keys(model: KWNetwork) -> dict[str, str]:
+    """Return ``{key of this package: key of the reference}`` for every entry of the model's state dict."""
+    names = _reference_names(model)
+    keys = {key: rename(key, names) for key in model.state_dict()}
+    for i, name in enumerate(model.warehouses):
+        keys[f'warehouses.{name}.weight'] = f'{REFERENCE_WAREHOUSE}{i}'
+    return keys
+
+
+def to_reference_state_dict(model: KWNetwork) -> dict[str, torch.Tensor]:
+    """Return a model's weights under the reference's names and in its shapes, warehouses first."""
+    keys = reference_keys(model)
+    state_dict = model.state_dict()
+    ordered = sorted(keys, key=lambda key: not key.startswith('warehouses.'))
+    converted: dict[str, torch.Tensor] = {}
+    for key in ordered:
+        value = state_dict[key]
+        converted[keys[key]] = value.view(1, -1, 1, 1) if key.endswith('.gamma') else value
+    return converted
+
+
+def _reference_names(model: KWNetwork) -> dict[str, str]:
+    classifier: nn.Module | None = getattr(model, 'classifier', None)
+    name = 'classifier.1.conv' if isinstance(classifier, KWLinear) else 'classifier'
+    return {timm: reference for reference, timm in timm_names(model.family, name).items()}

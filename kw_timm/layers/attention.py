@@ -1,0 +1,165 @@
+"""Contrasting-driven attention: from a layer's input to the coefficients of its mixtures."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .partition import LayerPartition, Partition
+
+__all__ = ['KWAttention', 'NonLocalBasis']
+
+NormLayer = Callable[..., nn.Module]
+
+
+class KWAttention(nn.Module):
+    """Coefficients of a layer's mixtures, one set per sample.
+
+    The pooled input passes two linear layers; the logits of a mixture are divided by the sum of their magnitudes
+    (signs are kept), blended with the initial assignment by the temperature, and the zero cell is dropped.
+
+    Attributes:
+        temperature: 1 makes every mixture its assigned cell, 0 (the default) is pure attention. State of the model,
+            not of its weights; set it with :func:`kw_timm.set_temperature`.
+        assignment: The initial assignment, ``(m, n + 1)``, one-hot.
+
+    Args:
+        in_channels: Input channels of the layer, not divided by its groups.
+        partition: Partition of the layer's warehouse.
+        index: Position of the layer in the warehouse.
+        reduction: Hidden width relative to the input channels; at least 16 wide.
+        nonlocal_basis_ratio: Below 1, cells of other layers are reached through a basis of this relative size.
+        norm_layer: Norm of the hidden vector; ``nn.BatchNorm1d`` goes with a bias-free first linear layer, any other
+            with a bias.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Shape:
+        input ``(B, C, *spatial)``, output ``(B, m, n)``.
+
+    Source: arXiv 2406.07879, section 3.3, equation 3.
+    """
+
+    assignment: torch.Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        partition: Partition,
+        index: int,
+        reduction: float = 1 / 16,
+        nonlocal_basis_ratio: float = 1.0,
+        norm_layer: NormLayer = nn.BatchNorm1d,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 < nonlocal_basis_ratio <= 1:
+            raise ValueError(f'nonlocal_basis_ratio must be above 0 and at most 1, got {nonlocal_basis_ratio!r}.')
+        share: LayerPartition = partition.layers[index]
+        self.num_mixtures = share.num_mixtures
+        self.num_cells = partition.num_cells
+        self.temperature: float = 0.0
+        self._assigned = share.assigned
+        hidden = max(int(in_channels * reduction), 16)
+        self.fc1 = nn.Linear(in_channels, hidden, bias=norm_layer is not nn.BatchNorm1d, device=device, dtype=dtype)
+        self.norm1 = norm_layer(hidden, device=device, dtype=dtype)
+        self.act1 = nn.ReLU()
+        self.nonlocal_basis = nonlocal_basis_ratio < 1
+        if self.nonlocal_basis:
+            basis = NonLocalBasis(share, partition, nonlocal_basis_ratio)
+            columns = self.num_mixtures * basis.columns
+            self.basis = basis
+            self.fc2 = nn.Linear(hidden, columns, bias=False, device=device, dtype=dtype)
+            self.fc3 = nn.Linear(basis.size, basis.num_nonlocal, bias=False, device=device, dtype=dtype)
+            self.basis_bias = nn.Parameter(
+                torch.zeros(self.num_mixtures * (self.num_cells + 1), device=device, dtype=dtype)
+            )
+        else:
+            columns = self.num_mixtures * (self.num_cells + 1)
+            self.fc2 = nn.Linear(hidden, columns, device=device, dtype=dtype)
+        assignment = torch.empty(self.num_mixtures, self.num_cells + 1, device=device, dtype=dtype)
+        self.register_buffer('assignment', assignment, persistent=False)
+        self.init_non_persistent_buffers()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize: linear layers Kaiming normal (fan out, ReLU), biases 0, norm 1 and 0."""
+        for linear in (self.fc1, self.fc2, *((self.fc3,) if self.nonlocal_basis else ())):
+            nn.init.kaiming_normal_(linear.weight, mode='fan_out', nonlinearity='relu')
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        if self.nonlocal_basis:
+            nn.init.zeros_(self.basis_bias)
+        reset_norm = getattr(self.norm1, 'reset_parameters', None)
+        if reset_norm is not None:
+            reset_norm()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the assignment, which no weight file holds (also after ``to_empty``)."""
+        with torch.no_grad():
+            columns = torch.tensor(self._assigned, device=self.assignment.device)
+            self.assignment.zero_().scatter_(1, columns[:, None], 1.0)
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the hidden vector ``(B, hidden)`` of inputs ``(B, C, *spatial)``."""
+        pooled = x.flatten(2).mean(-1)
+        return self.act1(self.norm1(self.fc1(pooled)))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits ``(B, m, n + 1)`` of hidden vectors ``(B, hidden)``; the last column is the zero cell."""
+        logits = self.fc2(hidden)
+        if self.nonlocal_basis:
+            logits = self.basis(logits.unflatten(1, (self.num_mixtures, -1)), self.fc3) + self.basis_bias
+        return logits.unflatten(1, (self.num_mixtures, self.num_cells + 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the coefficients ``(B, m, n)`` for inputs ``(B, C, *spatial)``."""
+        logits = self.logits(self.hidden(x))
+        coefficients = logits / (logits.abs().sum(-1, keepdim=True) + 1e-3)
+        if self.temperature != 0:
+            coefficients = (1 - self.temperature) * coefficients + self.temperature * self.assignment
+        return coefficients[..., :-1]
+
+    def extra_repr(self) -> str:
+        """Return mixtures, cells and temperature."""
+        return f'mixtures={self.num_mixtures}, cells={self.num_cells}, temperature={self.temperature:g}'
+
+
+class NonLocalBasis(nn.Module):
+    """Logits of a layer's own cells directly, of all other cells through a small basis.
+
+    Has no parameters of its own: the weight files name them ``fc2``, ``fc3`` and ``basis_bias`` of the attention.
+
+    Args:
+        share: The layer's share of the warehouse.
+        partition: The warehouse's partition.
+        ratio: Size of the basis relative to the number of other cells; at least 16.
+
+    Raises:
+        ValueError: If the warehouse has no cells of other layers.
+    """
+
+    def __init__(self, share: LayerPartition, partition: Partition, ratio: float) -> None:
+        super().__init__()
+        self.num_local = int(partition.cell_num_ratio * share.num_mixtures)
+        self.num_nonlocal = partition.num_cells - self.num_local
+        if self.num_nonlocal < 1:
+            raise ValueError(
+                f'nonlocal_basis_ratio={ratio:g} needs a warehouse that several layers share, but all '
+                f'{partition.num_cells} cells belong to one layer. Use nonlocal_basis_ratio=1 there.'
+            )
+        self.size = max(int(self.num_nonlocal * ratio), 16)
+        self.start = share.start
+
+    @property
+    def columns(self) -> int:
+        """Number of logits per mixture before expansion: own cells, basis, zero cell."""
+        return self.num_local + self.size + 1
+
+    def forward(self, logits: torch.Tensor, expand: nn.Module) -> torch.Tensor:
+        """Expand ``(B, m, local + basis + 1)`` by ``expand: basis -> nonlocal`` to ``(B, m * (n + 1))``."""
+        local, basis, zero = logits.split((self.num_local, self.size, 1), dim=-1)
+        others = expand(basis)
+        before, after = others.split((self.start, self.num_nonlocal - self.start), dim=-1)
+        return torch.cat((before, local, after, zero), dim=-1).flatten(1)

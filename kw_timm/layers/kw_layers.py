@@ -1,0 +1,197 @@
+"""KernelWarehouse layers: drop-in replacements for ``nn.Conv1d/2d/3d`` and ``nn.Linear``."""
+
+from typing import Any
+
+import torch
+import torch.fx
+from torch import nn
+
+from .attention import KWAttention, NormLayer
+from .functional import Padding, kernel_warehouse_conv
+from .warehouse import Warehouse
+
+__all__ = ['KWConv1d', 'KWConv2d', 'KWConv3d', 'KWLayer', 'KWLinear']
+
+# One node in an fx graph: its checks and its branches on shapes are run, not traced.
+torch.fx.wrap('kernel_warehouse_conv')
+
+
+class KWLayer(nn.Module):
+    """Base of the KernelWarehouse layers; use one of the subclasses.
+
+    Args:
+        in_channels: Input channels.
+        out_channels: Output channels.
+        kernel_size: Kernel window, one number or one per spatial axis.
+        stride: Stride, likewise.
+        padding: Zero padding, likewise, or ``'same'`` (stride 1 only) or ``'valid'``.
+        dilation: Dilation, likewise.
+        groups: Groups.
+        bias: Learn a bias, which does not depend on the sample.
+        warehouse: Cells that the layer's kernel is made of. It is referred to, not registered: the network owns it.
+        index: The layer's position among the kernel shapes that the warehouse was made for.
+        reduction: Hidden width of the attention relative to ``in_channels``.
+        nonlocal_basis_ratio: See :class:`~kw_timm.layers.KWAttention`.
+        norm_layer: Norm within the attention.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Shape:
+        As of the static layer. Kernels are computed per sample, so a batch axis is required.
+
+    Raises:
+        ValueError: If the warehouse was not made for this kernel.
+
+    Source: arXiv 2406.07879.
+
+    Example:
+        >>> warehouse = Warehouse([(8, 4, 3, 3)])
+        >>> KWConv2d(4, 8, 3, padding=1, warehouse=warehouse)(torch.ones(2, 4, 5, 5)).shape
+        torch.Size([2, 8, 5, 5])
+    """
+
+    spatial_axes: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | Padding = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        warehouse: Warehouse,
+        index: int = 0,
+        reduction: float = 1 / 16,
+        nonlocal_basis_ratio: float = 1.0,
+        norm_layer: NormLayer = nn.BatchNorm1d,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(f'groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}.')
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = self._per_axis(kernel_size)
+        self.stride = self._per_axis(stride)
+        self.padding: Padding = padding if isinstance(padding, str) else self._per_axis(padding)
+        self.dilation = self._per_axis(dilation)
+        self.groups = groups
+        partition = warehouse.partition
+        if not 0 <= index < len(partition.layers):
+            raise ValueError(f'index {index} is out of range: the warehouse serves {len(partition.layers)} layers.')
+        self.grid = partition.layers[index].grid
+        self._check_grid(warehouse)
+        # Bypasses module registration; deepcopy and pickle still keep layer and network on one warehouse.
+        self.__dict__['warehouse'] = warehouse
+        self.attention = KWAttention(
+            in_channels, partition, index, reduction, nonlocal_basis_ratio, norm_layer, device=device, dtype=dtype
+        )
+        self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """``(O, I / groups, *k)``."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve each sample of ``x: (B, C, *spatial)`` with its own kernel."""
+        return kernel_warehouse_conv(
+            x,
+            self.attention(x),
+            self.__dict__['warehouse'].weight,
+            self.bias,
+            self.grid,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the arguments of the static layer."""
+        return (
+            f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, '
+            f'padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}'
+        )
+
+    def _per_axis(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
+        values = (value,) * self.spatial_axes if isinstance(value, int) else tuple(value)
+        if len(values) != self.spatial_axes:
+            raise ValueError(f'Expected one number or {self.spatial_axes}, got {value!r}.')
+        return values
+
+    def _check_grid(self, warehouse: Warehouse) -> None:
+        positions, out_groups, in_groups = self.grid
+        cell_out, cell_in, *window = warehouse.partition.cell_shape
+        made_for = (out_groups * cell_out, in_groups * cell_in)
+        size = positions * torch.Size(window).numel()
+        if made_for != self.kernel_shape[:2] or size != torch.Size(self.kernel_size).numel():
+            raise ValueError(
+                f'The warehouse was made for a kernel of {made_for[0]} x {made_for[1]} channels and {size} window '
+                f'positions at this index, but the layer has a kernel of shape {self.kernel_shape}. '
+                f'Make the warehouse from the kernel shapes of the layers that use it, in their order.'
+            )
+
+
+class KWConv1d(KWLayer):
+    """KernelWarehouse counterpart of ``nn.Conv1d``; arguments as :class:`KWLayer`."""
+
+    spatial_axes = 1
+
+
+class KWConv2d(KWLayer):
+    """KernelWarehouse counterpart of ``nn.Conv2d``; arguments as :class:`KWLayer`."""
+
+    spatial_axes = 2
+
+
+class KWConv3d(KWLayer):
+    """KernelWarehouse counterpart of ``nn.Conv3d``; arguments as :class:`KWLayer`."""
+
+    spatial_axes = 3
+
+
+class KWLinear(KWLayer):
+    """KernelWarehouse counterpart of ``nn.Linear``: a 1x1 convolution over the tokens, pooled over the tokens.
+
+    Args:
+        in_features: Input features.
+        out_features: Output features.
+        bias: Learn a bias.
+        **kwargs: ``warehouse``, ``index`` and the other keyword arguments of :class:`KWLayer`. The warehouse's
+            kernel shape is ``(out_features, in_features, 1)``.
+
+    Shape:
+        input ``(B, *tokens, in_features)``, output ``(B, *tokens, out_features)``.
+    """
+
+    spatial_axes = 1
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, **kwargs: Any) -> None:
+        super().__init__(in_features, out_features, 1, bias=bias, **kwargs)
+
+    @property
+    def in_features(self) -> int:
+        """Input features, as ``nn.Linear`` names them."""
+        return self.in_channels
+
+    @property
+    def out_features(self) -> int:
+        """Output features, as ``nn.Linear`` names them."""
+        return self.out_channels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map each sample's tokens ``(B, *tokens, in_features)`` with the sample's own matrix."""
+        tokens = x.reshape(x.shape[0], -1, self.in_channels).transpose(1, 2)
+        y = super().forward(tokens).transpose(1, 2)
+        return y.reshape(*x.shape[:-1], self.out_channels)
+
+    def extra_repr(self) -> str:
+        """Return the arguments of the static layer."""
+        return f'in_features={self.in_channels}, out_features={self.out_channels}, bias={self.bias is not None}'

@@ -1,0 +1,67 @@
+"""The shared store of kernel cells."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .partition import KernelShape, Partition, partition_kernels
+
+__all__ = ['Warehouse']
+
+
+class Warehouse(nn.Module):
+    """Kernel cells that a group of layers shares.
+
+    The network registers its warehouses (as ``warehouses.<name>``); layers only refer to them, so that every cell is
+    listed once in state dicts, optimizers and data-parallel wrappers.
+
+    Attributes:
+        weight: The cells, ``(n, co, ci, *window)``.
+        partition: How the layers' kernels are made of the cells.
+
+    Args:
+        kernel_shapes: ``(O, I / groups, *k)`` of every layer, in the order in which the network lists them.
+        cell_num_ratio: Cells per mixture, ``b``.
+        cell_inplane_ratio: Cell input channels relative to the layers' greatest common divisor.
+        cell_outplane_ratio: Cell output channels relative to the layers' greatest common divisor.
+        spatial_partition: Cut spatial positions apart (cells are 1x1).
+        device: Device of the cells.
+        dtype: Type of the cells.
+
+    Raises:
+        ValueError: As :func:`~kw_timm.layers.partition.partition_kernels`.
+
+    Source: arXiv 2406.07879, section 3.2.
+    """
+
+    def __init__(
+        self,
+        kernel_shapes: Sequence[KernelShape],
+        cell_num_ratio: float = 1.0,
+        cell_inplane_ratio: float = 1.0,
+        cell_outplane_ratio: float = 1.0,
+        spatial_partition: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.partition: Partition = partition_kernels(
+            kernel_shapes, cell_num_ratio, cell_inplane_ratio, cell_outplane_ratio, spatial_partition
+        )
+        shape = (self.partition.num_cells, *self.partition.cell_shape)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw each layer's own slice of cells from N(0, 2 / (cells of the slice * co)): Kaiming normal, fan out."""
+        cell_out, window = self.partition.cell_shape[0], self.weight[0, 0, 0].numel()
+        for layer in self.partition.layers:
+            fan_out = max(layer.stop - layer.start, 1) * cell_out * window
+            self.weight[layer.start : layer.stop].normal_(std=(2.0 / fan_out) ** 0.5)
+
+    def extra_repr(self) -> str:
+        """Return cell count, cell shape and number of layers."""
+        p = self.partition
+        return f'cells={p.num_cells}, cell_shape={p.cell_shape}, layers={len(p.layers)}'
