@@ -42,8 +42,10 @@ from types import FrameType
 DEFAULT_VERSION = '1.7.2'
 #: mmcv's own ``setup.py`` asks for this standard; compilers are wrapped only where torch needs a newer one.
 MMCV_STANDARD = 17
-#: CPU minutes of a build without CUDA at ``-g0 -O1``, measured; only used to tell the user what to expect.
+#: CPU minutes of a build, measured; only used to tell the user what to expect. Without CUDA, at ``-g0 -O1`` ...
 CPU_BUILD_MINUTES = 14
+#: ... and with CUDA ops for one GPU architecture, at mmcv's own flags (extrapolated from two of its 55 kernels).
+CUDA_BUILD_MINUTES = 65
 #: ``setup.py`` of mmcv imports ``pkg_resources``, which setuptools 81 no longer has.
 MAX_SETUPTOOLS = 81
 BUILD_TOOLS = ('wheel', 'ninja', 'psutil')
@@ -217,7 +219,7 @@ def run_probe(code: str) -> tuple[dict[str, object], str]:
         code: Python source that prints one line starting with ``PROBE_MARK``.
 
     Returns:
-        The decoded object (empty if there was none) and the end of what else was printed.
+        The decoded object and "", or an empty one and why there is none.
     """
     # an empty directory to run in, so that no folder of the current one can pose as a package
     with tempfile.TemporaryDirectory(prefix='kwtimm-probe-') as neutral:
@@ -226,10 +228,11 @@ def run_probe(code: str) -> tuple[dict[str, object], str]:
     for line in done.stdout.splitlines():
         if line.startswith(PROBE_MARK):
             decoded = json.loads(line[len(PROBE_MARK) :])
-            return decoded, done.stderr
+            return decoded, ''
+    if done.returncode < 0:  # what was printed before a crash says nothing of it
+        return {}, f'the interpreter crashed with signal {-done.returncode} ({signal.strsignal(-done.returncode)})'
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    how = f'ended with signal {-done.returncode}' if done.returncode < 0 else 'failed'
-    return {}, lines[-1] if lines else f'the interpreter {how}'
+    return {}, lines[-1] if lines else f'the interpreter ended with exit code {done.returncode}'
 
 
 def probe_torch() -> Torch:
@@ -492,7 +495,8 @@ def expectation(torch: Torch) -> str:
     cores = min(core_count(), int(jobs)) if jobs.isdigit() and int(jobs) else core_count()
     where = f'on {cores} core{"s" if cores > 1 else ""}'
     if torch.with_cuda:
-        return f'with CUDA ops this takes long, often more than an hour of CPU time; {where}'
+        minutes = max(1, round(CUDA_BUILD_MINUTES / cores))
+        return f'about {minutes} minutes {where} for the CUDA ops of one GPU architecture, more for several'
     return f'about {max(1, round(CPU_BUILD_MINUTES / cores))} minutes {where}, CPU ops only'
 
 

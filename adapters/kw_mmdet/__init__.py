@@ -1,0 +1,11 @@
+"""KernelWarehouse backbones for MMDetection.
+
+``custom_imports = dict(imports=['kw_mmdet'])`` in a config registers ``KWBackbone``.
+"""
+
+from .backbone import KWBackbone
+from .checks import check_config, check_neck
+from .features import PyramidFeatures
+from .optim import ConvNeXtLayerDecay
+
+__all__ = ['ConvNeXtLayerDecay', 'KWBackbone', 'PyramidFeatures', 'check_config', 'check_neck']

@@ -1,0 +1,158 @@
+"""The MMDetection backbone: levels, freezing, weights, errors."""
+
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import kw_timm
+from kw_timm.checkpoints import to_reference_state_dict
+
+pytest.importorskip('mmdet', reason='needs MMDetection')
+from kw_mmdet import KWBackbone, check_config, check_neck
+from kw_mmdet.features import PyramidFeatures
+from mmdet.models import build_backbone
+
+SMALL = ('kw1x_resnet18', 'kw1x_mobilenetv2_050', 'kw1x_convnext_tiny', 'resnet18', 'mobilenetv2_050', 'regnetx_002')
+
+
+def without_gradient(module: nn.Module, x: torch.Tensor) -> list[str]:
+    sum(f.square().mean() for f in module(x)).backward()
+    return [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (1, 2), (-1,)])
+def test_levels_and_no_dead_parameters(name, out_indices):
+    backbone = build_backbone(dict(type='KWBackbone', name=name, out_indices=out_indices)).train()
+    features = backbone(torch.randn(2, 3, 64, 96))
+    assert isinstance(features, tuple)
+    for feature, channels, stride in zip(features, backbone.out_channels, backbone.strides, strict=True):
+        assert feature.shape == (2, channels, 64 // stride, 96 // stride)
+    assert [s for i, s in enumerate((4, 8, 16, 32)) if i in {i % 4 for i in out_indices}] == list(backbone.strides)
+    assert without_gradient(backbone, torch.randn(2, 3, 64, 64)) == []
+
+
+def test_mobilenetv2_ends_in_its_head_unless_told_otherwise():
+    assert KWBackbone('kw1x_mobilenetv2_100').out_channels == (24, 32, 96, 1280)
+    assert KWBackbone('kw1x_mobilenetv2_100', head_conv=False).out_channels == (24, 32, 96, 320)
+    assert KWBackbone('kw1x_mobilenetv2_100', out_indices=(0, 1)).out_channels == (24, 32)
+
+
+@pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2, 4])
+def test_frozen_stages_spare_warehouses(frozen_stages):
+    backbone = KWBackbone('kw1x_resnet18', frozen_stages=frozen_stages).train()
+    frozen = {name.split('.')[1] for name, p in backbone.named_parameters() if not p.requires_grad}
+    expected = ({'conv1', 'bn1'} if frozen_stages >= 0 else set()) | {f'layer{i + 1}' for i in range(frozen_stages)}
+    assert frozen == expected
+    assert all(p.requires_grad for p in backbone.model.warehouses.parameters())
+    modes = {name: m.training for name, m in backbone.model.named_modules() if name.startswith('layer1.')}
+    assert not any(modes.values()) if frozen_stages >= 1 else all(modes.values())
+    if frozen_stages < 4:  # with all stages frozen only warehouses are left, and they still learn
+        assert without_gradient(backbone, torch.randn(2, 3, 64, 64)) == []
+
+
+@pytest.mark.parametrize('norm_eval', [True, False])
+def test_norm_eval_covers_the_attention(norm_eval):
+    backbone = KWBackbone('kw1x_resnet18', norm_eval=norm_eval).train()
+    norms = [m for m in backbone.modules() if isinstance(m, _BatchNorm)]
+    assert any(isinstance(m, nn.BatchNorm1d) for m in norms)
+    assert all(m.training != norm_eval for m in norms)
+    before = backbone.model.layer1[0].conv1.attention.norm1.running_mean.clone()
+    backbone(torch.randn(2, 3, 64, 64))
+    assert torch.equal(before, backbone.model.layer1[0].conv1.attention.norm1.running_mean) == norm_eval
+    assert not any(m.training for m in backbone.eval().modules())
+
+
+def test_drop_path_and_layer_scale_reach_the_network():
+    backbone = KWBackbone('kw1x_convnext_tiny', drop_path_rate=0.4, ls_init_value=1.0)
+    blocks = [block for stage in backbone.model.stages for block in stage.blocks]
+    rates = [getattr(block.drop_path, 'drop_prob', 0.0) for block in blocks]
+    assert rates == pytest.approx([0.4 * i / 17 for i in range(18)])
+    assert all(torch.equal(block.gamma, torch.ones_like(block.gamma)) for block in blocks)
+    resnet = KWBackbone('kw1x_resnet18', drop_path_rate=0.1)
+    assert [b.drop_path.drop_prob for s in range(1, 5) for b in getattr(resnet.model, f'layer{s}')] == [0.1] * 8
+
+
+@pytest.mark.parametrize('name', ['kw1x_resnet18', 'kw1d2x_mobilenetv2_050', 'kw1x_convnext_tiny'])
+@pytest.mark.parametrize('naming', ['own', 'reference'])
+def test_classification_weights_load(name, naming, tmp_path):
+    source = timm.create_model(name).eval()
+    weights = source.state_dict() if naming == 'own' else to_reference_state_dict(source)
+    path = tmp_path / 'weights.pth'
+    torch.save({'model': weights}, path)
+    for how in (dict(pretrained=str(path)), dict(init_cfg=dict(type='Pretrained', checkpoint=str(path)))):
+        backbone = KWBackbone(name, out_indices=(0, 1), out_norms=False, **how).eval()
+        backbone.init_weights()
+        x = torch.randn(1, 3, 64, 64)
+        expected = [f for f in source.forward_intermediates(x, intermediates_only=True) if f.shape[-1] in (16, 8)]
+        for ours, theirs in zip(backbone(x), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_weights_that_do_not_exist_or_fit(tmp_path):
+    wrong = tmp_path / 'wrong.pth'
+    torch.save(timm.create_model('kw1x_mobilenetv2_050').state_dict(), wrong)
+    with pytest.raises(ValueError, match=r'kw1x_mobilenetv2_050.*kw1x_resnet18'):
+        KWBackbone('kw1x_resnet18', pretrained=str(wrong)).init_weights()
+    with pytest.raises(FileNotFoundError, match=r'no weight file .*nowhere\.pth'):
+        KWBackbone('kw1x_resnet18', pretrained=str(tmp_path / 'nowhere.pth')).init_weights()
+    with pytest.raises(ValueError, match='not both'):
+        KWBackbone('kw1x_resnet18', pretrained=True, init_cfg=dict(type='Pretrained', checkpoint='x'))
+    with pytest.raises(ValueError, match='must be dict'):
+        KWBackbone('kw1x_resnet18', init_cfg=dict(type='Kaiming')).init_weights()
+    with pytest.raises(ValueError, match="weights of 'kw4x_resnet18'"):
+        KWBackbone('kw1x_resnet18', init_cfg=dict(type='Pretrained', checkpoint='timm://kw4x_resnet18')).init_weights()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (dict(name='kw4x_resnet5'), 'no network .*Did you mean kw4x_resnet50'),
+        (dict(name='kw1x_resnet18', out_indices=(0, 4)), r'out of range: kw1x_resnet18 has levels 0 to 3'),
+        (dict(name='kw1x_resnet18', out_indices=(1, 0)), 'from fine to coarse'),
+        (dict(name='kw1x_resnet18', out_indices=()), 'out_indices is empty'),
+        (dict(name='kw1x_resnet18', frozen_stages=5), 'frozen_stages=5 is out of range'),
+        (dict(name='kw1x_resnet18', head_conv=True), 'no 1x1 head convolution'),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PyramidFeatures(**arguments)
+
+
+def test_neck_must_take_what_the_backbone_returns():
+    backbone = dict(type='KWBackbone', name='kw1x_mobilenetv2_050')
+    check_neck(dict(backbone=backbone, neck=dict(type='FPN', in_channels=[16, 16, 48, 1280])))
+    with pytest.raises(ValueError, match=r'channels \[16, 16, 48, 1280\].*in_channels=\[16, 16, 48, 160\]'):
+        check_neck(dict(backbone=backbone, neck=dict(type='FPN', in_channels=[16, 16, 48, 160])))
+    check_neck(dict(backbone=dict(type='ResNet', depth=50), neck=dict(type='FPN', in_channels=[1])))
+
+
+def test_data_must_have_the_named_classes(tmp_path):
+    annotations = tmp_path / 'train.json'
+    annotations.write_text(json.dumps(dict(images=[], annotations=[], categories=[dict(id=1, name='cat')])))
+    model = dict(backbone=dict(type='ResNet'), roi_head=dict(bbox_head=dict(num_classes=1)))
+
+    def check(**dataset):
+        check_config(dict(model=model, data=dict(train=dict(type='CocoDataset', **dataset))), ('train',))
+
+    check(ann_file=str(annotations), classes=['cat'])
+    with pytest.raises(ValueError, match='no class named dog; it has cat'):
+        check(ann_file=str(annotations), classes=['dog'])
+    with pytest.raises(ValueError, match=r'has 2 classes, but the heads have num_classes=\[1\]'):
+        check(ann_file=str(annotations), classes=['cat', 'dog'])
+    with pytest.raises(FileNotFoundError, match='no annotation file'):
+        check(ann_file=str(tmp_path / 'none.json'))
+    annotations.write_text('{"images": [')
+    with pytest.raises(ValueError, match='not a COCO annotation file'):
+        check(ann_file=str(annotations), classes=['cat'])
+
+
+def test_temperature_reaches_a_detector_backbone():
+    backbone = KWBackbone('kw1x_resnet18')
+    kw_timm.set_temperature(backbone, 0.5)
+    assert kw_timm.get_temperature(backbone.model) == 0.5

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Train a detector: bash tools/dist_train.sh CONFIG GPUS [options of MMDetection's train.py]
+set -euo pipefail
+if [ "$#" -lt 2 ]; then
+    echo "usage: bash tools/dist_train.sh CONFIG GPUS [options of MMDetection's train.py]" >&2
+    exit 2
+fi
+exec bash "$(dirname "$0")/dist_run.sh" train "$2" "$1" "${@:3}"
