@@ -1,6 +1,7 @@
 """The MMDetection backbone: levels, freezing, weights, errors."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,8 +13,9 @@ import kw_timm
 from kw_timm.checkpoints import to_reference_state_dict
 
 pytest.importorskip('mmdet', reason='needs MMDetection')
-from kw_mmdet import KWBackbone, check_config, check_neck
+from kw_mmdet import KWBackbone, TemperatureHook, check_config, check_neck
 from kw_mmdet.features import PyramidFeatures
+from mmcv.runner import load_checkpoint, save_checkpoint
 from mmdet.models import build_backbone
 
 SMALL = ('kw1x_resnet18', 'kw1x_mobilenetv2_050', 'kw1x_convnext_tiny', 'resnet18', 'mobilenetv2_050', 'regnetx_002')
@@ -156,3 +158,28 @@ def test_temperature_reaches_a_detector_backbone():
     backbone = KWBackbone('kw1x_resnet18')
     kw_timm.set_temperature(backbone, 0.5)
     assert kw_timm.get_temperature(backbone.model) == 0.5
+
+
+def test_temperature_hook_follows_the_schedule():
+    backbone = KWBackbone('kw1x_resnet18')
+    hook = TemperatureHook(epochs=2)
+    runner = SimpleNamespace(model=backbone, data_loader=range(5), iter=0)
+    for runner.iter in range(12):
+        hook.before_train_iter(runner)
+        assert kw_timm.get_temperature(backbone) == pytest.approx(max(0.0, 1 - (runner.iter + 1) / 10))
+    runner.iter = 3
+    hook.before_train_iter(runner)
+    hook.before_val_epoch(runner)
+    assert kw_timm.get_temperature(backbone) == 0
+    with pytest.raises(ValueError, match='epochs of TemperatureHook'):
+        TemperatureHook(epochs=0)
+
+
+def test_mmcv_checkpoint_holds_weights_alone(tmp_path):
+    backbone = KWBackbone('kw1x_resnet18')
+    save_checkpoint(backbone, str(tmp_path / 'checkpoint.pth'))
+    saved = torch.load(tmp_path / 'checkpoint.pth', weights_only=True)['state_dict']
+    assert saved.keys() == backbone.state_dict().keys()
+    copy = KWBackbone('kw1x_resnet18')
+    load_checkpoint(copy, str(tmp_path / 'checkpoint.pth'), strict=True)
+    assert all(torch.equal(a, b) for a, b in zip(copy.state_dict().values(), saved.values(), strict=True))

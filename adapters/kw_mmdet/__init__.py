@@ -6,6 +6,7 @@
 from .backbone import KWBackbone
 from .checks import check_config, check_neck
 from .features import PyramidFeatures
+from .hooks import TemperatureHook
 from .optim import ConvNeXtLayerDecay
 
-__all__ = ['ConvNeXtLayerDecay', 'KWBackbone', 'PyramidFeatures', 'check_config', 'check_neck']
+__all__ = ['ConvNeXtLayerDecay', 'KWBackbone', 'PyramidFeatures', 'TemperatureHook', 'check_config', 'check_neck']

@@ -58,6 +58,8 @@ class KWBackbone(PyramidFeatures, BaseModule):
         # MMDetection's NumClassCheckHook takes any module's num_classes for a detection head's.
         for module in self.model.modules():
             module.__dict__.pop('num_classes', None)
+        # mmcv 1.x writes non-persistent buffers into checkpoints, where nothing reads them.
+        self._register_state_dict_hook(_drop_assignments)
         self.pretrained = pretrained
         self.init_cfg = init_cfg
         self._is_init = False
@@ -93,3 +95,8 @@ class KWBackbone(PyramidFeatures, BaseModule):
                 raise ValueError(f"init_cfg names the weights of '{wanted}', but the backbone is '{self.name}'.")
             return TIMM_PREFIX
         return source
+
+
+def _drop_assignments(module: KWBackbone, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    for key in [k for k in state_dict if k.startswith(prefix) and k.endswith('.attention.assignment')]:
+        del state_dict[key]

@@ -1,8 +1,7 @@
 """What differs between MMDetection's generations. So far 2.x (mmcv-full 1.x) is served."""
 
 try:
-    from mmcv.cnn.utils.weight_init import update_init_info  # noqa: F401  (absent from mmcv 2)
-    from mmcv.runner import BaseModule, DefaultOptimizerConstructor
+    from mmcv.runner import HOOKS, BaseModule, DefaultOptimizerConstructor, Hook
     from mmcv.runner.optimizer import OPTIMIZER_BUILDERS
     from mmdet.models.builder import BACKBONES
 except ImportError as error:
@@ -11,4 +10,4 @@ except ImportError as error:
         f'Run: python tools/install_mmcv.py && pip install mmdet==2.28.2'
     ) from error
 
-__all__ = ['BACKBONES', 'OPTIMIZER_BUILDERS', 'BaseModule', 'DefaultOptimizerConstructor']
+__all__ = ['BACKBONES', 'HOOKS', 'OPTIMIZER_BUILDERS', 'BaseModule', 'DefaultOptimizerConstructor', 'Hook']

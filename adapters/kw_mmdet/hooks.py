@@ -1,0 +1,43 @@
+"""Training hooks."""
+
+from typing import Any
+
+from kw_timm import set_temperature
+
+from .compat import HOOKS, Hook
+
+__all__ = ['TemperatureHook']
+
+
+@HOOKS.register_module()
+class TemperatureHook(Hook):
+    """Anneal the temperature of a KW backbone linearly from 1 to 0 over the first epochs.
+
+    For training from random weights; the published detectors start from ImageNet weights and keep 0. The temperature
+    follows from the iteration, so a resumed training goes on where it was. ``custom_hooks = [dict(type=
+    'TemperatureHook', epochs=2)]``.
+
+    Args:
+        epochs: Epochs until the temperature is 0.
+
+    Raises:
+        ValueError: If ``epochs`` is not positive, or (when training begins) the model has no KW layer.
+    """
+
+    def __init__(self, epochs: float) -> None:
+        if epochs <= 0:
+            raise ValueError(f'epochs of TemperatureHook must be above 0, got {epochs!r}.')
+        self.epochs = epochs
+
+    def before_train_iter(self, runner: Any) -> None:
+        """Set the temperature of the step about to be taken; steps count from 1."""
+        steps = self.epochs * len(runner.data_loader)
+        set_temperature(runner.model, max(0.0, 1 - (runner.iter + 1) / steps))
+
+    def after_run(self, runner: Any) -> None:
+        """Leave the model at temperature 0, however short the training was."""
+        set_temperature(runner.model, 0.0)
+
+    def before_val_epoch(self, runner: Any) -> None:
+        """Evaluate at temperature 0, as weights are used."""
+        set_temperature(runner.model, 0.0)
