@@ -21,6 +21,7 @@ from make_shapes import make_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / 'configs/shapes/mask_rcnn_kw1x_mobilenetv2_050_fpn_shapes.py'
+ENLARGED = 2  # factor at which detections are drawn, for legible labels
 METRICS = {'mAP': 'AP', 'mAP_50': 'AP50', 'mAP_75': 'AP75'}
 
 
@@ -87,15 +88,23 @@ def draw(checkpoint: Path, data: Path, picture: Path, options: dict[str, Any], c
     model = init_detector(config, str(checkpoint), device='cuda:0' if torch.cuda.is_available() else 'cpu')
     tiles = []
     for path in sorted((data / 'val').glob('*.png'))[:count]:
-        large = cv2.resize(cv2.imread(str(path)), None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
-        result = inference_detector(model, large)
-        drawn = model.show_result(large, result, score_thr=0.5, thickness=1, font_size=8)
+        image = cv2.imread(str(path))
+        large = cv2.resize(image, None, fx=ENLARGED, fy=ENLARGED, interpolation=cv2.INTER_CUBIC)
+        result = enlarge(inference_detector(model, image))
+        drawn = model.show_result(large, result, score_thr=0.8, thickness=1, font_size=8, text_color='white')
         tiles.append(cv2.resize(drawn, large.shape[1::-1]))
     columns = 4
     rows = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles) - columns + 1, columns)]
     draft = picture.with_suffix('.draft.png')
     cv2.imwrite(str(draft), np.vstack(rows))
     draft.replace(picture)
+
+
+def enlarge(result: tuple[list[np.ndarray], list[list[np.ndarray]]]) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+    """Scale detections, boxes and masks per class, to the size that they are drawn at."""
+    boxes = [np.hstack([found[:, :4] * ENLARGED, found[:, 4:]]) for found in result[0]]
+    masks = [[np.kron(mask, np.ones((ENLARGED, ENLARGED), dtype=bool)) for mask in found] for found in result[1]]
+    return boxes, masks
 
 
 def run_quietly(command: list[str], log: Path, show: str) -> None:

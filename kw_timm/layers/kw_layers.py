@@ -190,7 +190,8 @@ class KWLinear(KWLayer):
         """Map each sample's tokens ``(B, *tokens, in_features)`` with the sample's own matrix."""
         tokens = x.reshape(x.shape[0], -1, self.in_channels).transpose(1, 2)
         y = super().forward(tokens).transpose(1, 2)
-        return y.reshape(*x.shape[:-1], self.out_channels)
+        # A sum, since a traced shape cannot be unpacked.
+        return y.reshape(x.shape[:-1] + (self.out_channels,))  # noqa: RUF005
 
     def extra_repr(self) -> str:
         """Return the arguments of the static layer."""
