@@ -20,6 +20,13 @@ _CONVS: dict[type[nn.Module], type[KWLayer]] = {
 }
 
 
+class _Warehouses(nn.ModuleDict):
+    """Warehouses by name; passes its input on, because an ``nn.Sequential`` calls everything it holds."""
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
 @dataclass(frozen=True)
 class WarehousePlan:
     """One warehouse: the layers that share it, and its ratios.
@@ -93,9 +100,14 @@ def kernelize(
         except ValueError as error:
             raise ValueError(f"Warehouse '{name}' of layers {', '.join(layers)}: {error}") from error
 
+    try:
+        added = _Warehouses(made)
+    except KeyError as error:
+        raise ValueError(f'The plan has an unusable warehouse name: {error.args[0]}.') from error
     if registered is None:
-        registered = model.warehouses = nn.ModuleDict()
-    registered.update(made)
+        registered = model.warehouses = added
+    else:
+        registered.update(added)
     for layer, replacement in replacements.items():
         replacement.train(modules[layer].training)
         parent, _, child = layer.rpartition('.')
@@ -130,7 +142,7 @@ def _check_plan(
         if not entry.layers:
             raise ValueError(f"Warehouse '{name}' has no layers.")
         for layer in entry.layers:
-            if layer not in modules:
+            if layer not in modules or not layer:
                 raise ValueError(f"Warehouse '{name}' plans the layer '{layer}', which the network does not have.")
             if layer in planned:
                 raise ValueError(f"The layer '{layer}' is planned twice: in '{planned[layer]}' and in '{name}'.")

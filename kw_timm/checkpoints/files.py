@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-from timm.models import load_state_dict as timm_load_state_dict
+from safetensors.torch import load_file
 from torch import nn
+
+from .unpickle import load_pickled, select_weights, unreadable
 
 __all__ = ['check_weight_file', 'load_checkpoint', 'read_weight_file']
 
@@ -30,7 +31,7 @@ def check_weight_file(path: str | Path) -> Path:
 def read_weight_file(path: str | Path, use_ema: bool = True) -> dict[str, Any]:
     """Read the state dict of a weight file: safetensors, or ``torch.save`` with or without training state.
 
-    Nothing but tensors, containers, numbers and ``argparse.Namespace`` is unpickled.
+    Nothing but tensors, containers, numbers, ``argparse.Namespace`` and numpy values is unpickled.
 
     Args:
         path: Weight file.
@@ -44,19 +45,17 @@ def read_weight_file(path: str | Path, use_ema: bool = True) -> dict[str, Any]:
         ValueError: If the file is empty, cut off, no weight file, or holds objects that are not allowed.
     """
     file = check_weight_file(path)
+    if file.suffix == '.safetensors':
+        try:
+            tensors: dict[str, Any] = load_file(file)
+        except Exception as error:
+            raise unreadable(file, error) from error
+        return tensors
+    checkpoint = load_pickled(file)
     try:
-        state_dict = timm_load_state_dict(str(file), use_ema=use_ema, weights_only=True)
-    except Exception as error:
-        if 'weights_only' in str(error):
-            raise ValueError(
-                f"The weight file '{file}' holds objects other than weights and was not loaded: {error}"
-            ) from error
-        raise ValueError(
-            f"The weight file '{file}' ({file.stat().st_size} bytes) cannot be read: it is cut off or not a weight file "
-            f'({type(error).__name__}: {error}). Fetch it again.'
-        ) from error
-    if not isinstance(state_dict, dict) or not any(isinstance(v, torch.Tensor) for v in state_dict.values()):
-        raise ValueError(f"The file '{file}' holds no tensors; expected a state dict or a checkpoint with one.")
+        state_dict, _ = select_weights(checkpoint, use_ema)
+    except ValueError as error:
+        raise ValueError(f"The file '{file}': {error}") from error
     return state_dict
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ['REFERENCE_WAREHOUSE', 'check_variant', 'identify_variant', 'variant_shapes']
 
-Shapes = tuple[tuple[int, ...], ...]
+Shapes = dict[str, tuple[int, ...]]  # by name of the warehouse, or by its number in the reference
 
 REFERENCE_WAREHOUSE = 'warehouse_manager.weights.'
 _OURS = 'warehouses.'
@@ -22,7 +22,7 @@ _OURS = 'warehouses.'
 
 @lru_cache(maxsize=1)
 def variant_shapes() -> dict[str, Shapes]:
-    """Return the warehouse shapes of every registered variant, in order."""
+    """Return the warehouse shapes of every registered variant, by name and in order."""
     shapes: dict[str, Shapes] = {}
     with torch.device('meta'):
         for name in timm.list_models('kw*'):
@@ -31,17 +31,19 @@ def variant_shapes() -> dict[str, Shapes]:
 
 
 def model_shapes(model: Any) -> Shapes:
-    """Return the warehouse shapes of a KW network, in order."""
-    return tuple(tuple(warehouse.weight.shape) for warehouse in model.warehouses.values())
+    """Return the warehouse shapes of a KW network, by name and in order."""
+    return {name: tuple(warehouse.weight.shape) for name, warehouse in model.warehouses.items()}
 
 
 def file_shapes(state_dict: Mapping[str, Any]) -> Shapes:
-    """Return the warehouse shapes in a state dict under either naming scheme, in order."""
-    reference = {k: v for k, v in state_dict.items() if k.startswith(REFERENCE_WAREHOUSE)}
+    """Return the warehouse shapes in a state dict by name, or by number (in order) under the reference's names."""
+    reference = {
+        k.removeprefix(REFERENCE_WAREHOUSE): v for k, v in state_dict.items() if k.startswith(REFERENCE_WAREHOUSE)
+    }
     if reference:
-        ordered = sorted(reference, key=lambda key: int(key.removeprefix(REFERENCE_WAREHOUSE)))
-        return tuple(tuple(reference[key].shape) for key in ordered)
-    return tuple(tuple(v.shape) for k, v in state_dict.items() if k.startswith(_OURS))
+        return {number: tuple(reference[number].shape) for number in sorted(reference, key=int)}
+    names = (key.split('.')[1] for key in state_dict if key.startswith(_OURS))
+    return {name: tuple(state_dict[f'{_OURS}{name}.weight'].shape) for name in names}
 
 
 def identify_variant(state_dict: Mapping[str, Any]) -> str | None:
@@ -86,12 +88,15 @@ def check_variant(state_dict: Mapping[str, Any], model: KWNetwork, strict: bool 
     )
 
 
-def _same(a: Shapes, b: Shapes) -> bool:
+def _same(found: Shapes, expected: Shapes) -> bool:
     """Compare warehouses; a KW stem's input channels, a KW classifier's presence and classes may differ."""
-    if a == b:
-        return True
+    if not all(name.isdigit() for name in found):
+        # Names may come in any order, safetensors sorts them.
+        if (found.keys() ^ expected.keys()) - {'classifier'}:
+            return False
+        found = {name: found[name] for name in expected if name in found}
     # A KW classifier comes last and is the only warehouse of linear cells, (n, co, ci, 1).
-    a, b = (tuple(shape for shape in shapes if len(shape) != 4) for shapes in (a, b))
+    a, b = ([shape for shape in shapes.values() if len(shape) != 4] for shapes in (found, expected))
     if len(a) != len(b) or not a:
         return False
     return a[1:] == b[1:] and (a[0][:2], a[0][3:]) == (b[0][:2], b[0][3:]) and _stem_like(a[0], b[0])
@@ -102,5 +107,5 @@ def _stem_like(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 
 
 def _describe(shapes: Shapes) -> str:
-    parts = ['x'.join(map(str, shape[:3])) for shape in shapes[:4]]
+    parts = ['x'.join(map(str, shape[:3])) for shape in list(shapes.values())[:4]]
     return f'{len(shapes)}: ' + ', '.join(parts) + (', ...' if len(shapes) > 4 else '')

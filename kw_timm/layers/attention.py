@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.fx
 from torch import nn
 
 from .partition import LayerPartition, Partition
@@ -10,6 +11,23 @@ from .partition import LayerPartition, Partition
 __all__ = ['KWAttention', 'NonLocalBasis']
 
 NormLayer = Callable[..., nn.Module]
+
+# One node in an fx graph: its check is run, not traced.
+torch.fx.wrap('pool')
+
+
+def pool(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """Return the mean ``(B, C)`` over the positions of ``x: (B, C, *spatial)``.
+
+    Raises:
+        ValueError: If the input has not ``channels`` channels on its second axis.
+    """
+    if x.dim() < 3 or x.shape[1] != channels:
+        raise ValueError(
+            f'Expected a batched input (B, {channels}, *spatial), got shape {tuple(x.shape)}. '
+            f'Add a missing batch axis with x.unsqueeze(0): the kernels are computed per sample.'
+        )
+    return x.flatten(2).mean(-1)
 
 
 class KWAttention(nn.Module):
@@ -103,8 +121,7 @@ class KWAttention(nn.Module):
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
         """Return the hidden vector ``(B, hidden)`` of inputs ``(B, C, *spatial)``."""
-        pooled = x.flatten(2).mean(-1)
-        return self.act1(self.norm1(self.fc1(pooled)))
+        return self.act1(self.norm1(self.fc1(pool(x, self.fc1.in_features))))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits ``(B, m, n + 1)`` of hidden vectors ``(B, hidden)``; the last column is the zero cell."""

@@ -1,6 +1,7 @@
 """The shared store of kernel cells."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import nn
@@ -60,6 +61,10 @@ class Warehouse(nn.Module):
         for layer in self.partition.layers:
             fan_out = max(layer.stop - layer.start, 1) * cell_out * window
             self.weight[layer.start : layer.stop].normal_(std=(2.0 / fan_out) ** 0.5)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        # `Module.to(memory_format=...)` asks tensors of rank 4 and 5 for the layout of images, which cells cannot have.
+        return super()._apply(lambda cells: fn(cells.flatten(2)).reshape(cells.shape), recurse)
 
     def extra_repr(self) -> str:
         """Return cell count, cell shape and number of layers."""

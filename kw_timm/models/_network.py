@@ -4,15 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.models import adapt_input_conv, build_model_with_cfg
-from timm.models._features import FeatureGetterNet
+from timm.models import adapt_input_conv, build_model_with_cfg, generate_default_cfgs
+from timm.models._features import FeatureGetterNet, FeatureHookNet
 from timm.models._features_fx import FeatureGraphNet
 from torch import nn
 
-from ..checkpoints import check_weight_file, to_timm_state_dict
+from ..checkpoints import read_weight_file, to_timm_state_dict
 from ..kernelize import drop_unused_warehouses
+from ..pretrained import HUB_ORGANISATION, pretrained_source
 
-__all__ = ['KWNetwork', 'build_kw_model', 'kw_cfg']
+__all__ = ['KWNetwork', 'build_kw_model', 'kw_cfg', 'kw_default_cfgs']
 
 PAPER = {'paper_ids': 'arXiv:2406.07879', 'paper_name': 'KernelWarehouse: Rethinking the Design of Dynamic Convolution'}
 
@@ -51,13 +52,17 @@ class KWNetwork(nn.Module):
         return super().load_state_dict(to_timm_state_dict(state_dict, self, strict), strict, assign)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: KWNetwork) -> dict[str, torch.Tensor]:
     """Give weights this package's names, and fit a KW stem to the model's input channels."""
-    state_dict = to_timm_state_dict(state_dict, model, strict=False)
+    state_dict = to_timm_state_dict(state_dict, model)
     own = model.state_dict()
     for key in ('warehouses.stem.weight', 'conv_stem.attention.fc1.weight', 'stem.0.attention.fc1.weight'):
         if key in state_dict and key in own and state_dict[key].shape != own[key].shape:
             state_dict[key] = _adapt_channels(state_dict[key], own[key].shape)
+    bias = state_dict.get('classifier.bias')
+    if bias is not None and ('classifier.bias' not in own or bias.shape != own['classifier.bias'].shape):
+        # Other classes: timm drops the cells of a KW classifier, what belongs to them goes too.
+        state_dict = {key: value for key, value in state_dict.items() if not key.startswith('classifier.')}
     return state_dict
 
 
@@ -71,15 +76,16 @@ def _adapt_channels(weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def build_kw_model(
-    model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, out_indices: Sequence[int], **kwargs: Any
+    model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, feature_levels: Sequence[int], **kwargs: Any
 ) -> nn.Module:
     """Build a variant as timm builds its own models.
 
     Args:
         model_cls: Network class.
         variant: Registered name.
-        pretrained: Load the weights that the pretrained cfg names.
-        out_indices: Default levels for ``features_only``.
+        pretrained: Load weights: those that the pretrained cfg names, else the published ones from the local store or
+            the Hub, see :mod:`kw_timm.pretrained`.
+        feature_levels: Default ``out_indices`` of ``features_only``.
         **kwargs: As for ``timm.create_model``.
 
     Returns:
@@ -88,32 +94,52 @@ def build_kw_model(
     Raises:
         ValueError: If ``feature_cls`` is one that cannot work with shared warehouses.
         FileNotFoundError: If ``pretrained_cfg_overlay`` names a weight file that does not exist.
+        ValueError: If that file cannot be read, or holds another variant's weights.
+        WeightsNotFoundError: If there are no pretrained weights to be had.
+        DamagedWeightsError: If those in the store are damaged, or those of the Hub arrived damaged.
     """
     if 'feature_cls' in kwargs:
         _check_feature_cls(kwargs['feature_cls'])
-    weight_file = (kwargs.get('pretrained_cfg_overlay') or {}).get('file')
-    if pretrained and weight_file:
-        check_weight_file(weight_file)
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=tuple(out_indices), feature_cls='getter'),
-        **kwargs,
-    )
+    if pretrained:
+        overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
+        source = pretrained_source(variant, kwargs.get('pretrained_cfg'), overlay, kwargs.get('cache_dir'))
+        kwargs['pretrained_cfg_overlay'] = overlay | source
+    try:
+        return build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=tuple(feature_levels), feature_cls='getter'),
+            **kwargs,
+        )
+    except Exception:
+        weight_file = (kwargs.get('pretrained_cfg_overlay') or {}).get('file')
+        if pretrained and weight_file:
+            read_weight_file(weight_file)  # If the file is what is wrong, this says so; timm names no file.
+        raise
+
+
+_FEATURE_CLASSES = (FeatureGetterNet, FeatureGraphNet, FeatureHookNet)
 
 
 def _check_feature_cls(feature_cls: Any) -> None:
     if isinstance(feature_cls, str):
-        works = feature_cls.lower() in ('getter', 'fx')
+        works = feature_cls.lower() in ('getter', 'fx', 'hook')
     else:
-        works = isinstance(feature_cls, type) and issubclass(feature_cls, FeatureGetterNet | FeatureGraphNet)
+        works = isinstance(feature_cls, type) and issubclass(feature_cls, _FEATURE_CLASSES)
     if not works:
         raise ValueError(
-            f"feature_cls={feature_cls!r} takes a network's children apart and would leave its shared warehouses "
-            f"behind. Use feature_cls='getter' (the default) or feature_cls='fx'."
+            f"feature_cls={feature_cls!r} is not supported: timm's list and dict wrappers take a network's children "
+            f"apart and would leave its shared warehouses behind. Use 'getter' (the default), 'fx' or 'hook'."
         )
+
+
+def kw_default_cfgs(cfgs: Mapping[str, dict[str, Any]]) -> Any:
+    """Return timm's default cfgs of ``{variant.tag: cfg}``, each with its repository on the Hub."""
+    return generate_default_cfgs(
+        {name: dict(cfg, hf_hub_id=f'{HUB_ORGANISATION}/{name}') for name, cfg in cfgs.items()}
+    )
 
 
 def kw_cfg(**kwargs: Any) -> dict[str, Any]:

@@ -5,16 +5,16 @@ Paper: arXiv 2406.07879, table 2. Every convolution is KW and has a bias; the at
 
 from typing import Any
 
-from timm.models import ConvNeXt, generate_default_cfgs, register_model
+from timm.models import ConvNeXt, register_model
 from torch import nn
 
 from ..kernelize import WarehousePlan, kernelize
-from ._network import KWNetwork, build_kw_model, kw_cfg
+from ._network import KWNetwork, build_kw_model, kw_cfg, kw_default_cfgs
 
 __all__ = ['KWConvNeXt', 'convnext_plan']
 
 
-def convnext_plan(model: ConvNeXt, **ratios: float) -> dict[str, WarehousePlan]:
+def convnext_plan(model: ConvNeXt, **ratios: Any) -> dict[str, WarehousePlan]:
     """Say which convolution of a timm ConvNeXt (with ``conv_mlp``) joins which warehouse.
 
     Args:
@@ -56,7 +56,7 @@ class KWConvNeXt(KWNetwork, ConvNeXt):
         )
 
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = kw_default_cfgs(
     {'kw1x_convnext_tiny.osvai_in1k': kw_cfg(first_conv='warehouses.stem', classifier='head.fc')}
 )
 

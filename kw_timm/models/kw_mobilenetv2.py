@@ -6,13 +6,13 @@ Paper: arXiv 2406.07879, table 3. Every convolution is KW (in ``kw1d2x`` only so
 from functools import partial
 from typing import Any
 
-from timm.models import EfficientNet, generate_default_cfgs, register_model
+from timm.models import EfficientNet, register_model
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv
 from timm.models._efficientnet_builder import decode_arch_def, round_channels
 from torch import nn
 
 from ..kernelize import WarehousePlan, drop_unused_warehouses, kernelize
-from ._network import KWNetwork, build_kw_model, kw_cfg
+from ._network import KWNetwork, build_kw_model, kw_cfg, kw_default_cfgs
 
 __all__ = ['KWMobileNetV2', 'mobilenetv2_plan']
 
@@ -67,7 +67,9 @@ def mobilenetv2_plan(
                 add(stage, 'project', f'{prefix}.conv_pwl')
     add(LAST_STAGE, 'project', 'conv_head')
 
-    half = dict(cell_num_ratio=0.5, cell_inplane_ratio=0.5, cell_outplane_ratio=0.5) if pointwise == 'last' else {}
+    half: dict[str, Any] = (
+        dict(cell_num_ratio=0.5, cell_inplane_ratio=0.5, cell_outplane_ratio=0.5) if pointwise == 'last' else {}
+    )
     return {
         name: WarehousePlan(
             names,
@@ -135,7 +137,7 @@ class KWMobileNetV2(KWNetwork, EfficientNet):
 _CFG = kw_cfg(interpolation='bilinear', first_conv='warehouses.stem', classifier='classifier')
 _CFG_KW_CLASSIFIER = {**_CFG, 'classifier': 'warehouses.classifier'}
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = kw_default_cfgs(
     {
         'kw1d2x_mobilenetv2_050.osvai_in1k': _CFG_KW_CLASSIFIER,
         'kw1x_mobilenetv2_050.osvai_in1k': _CFG,

@@ -6,18 +6,18 @@ Paper: arXiv 2406.07879, table 1 and 2. One warehouse per stage; the first layer
 from typing import Any
 
 from timm.layers import DropPath
-from timm.models import ResNet, generate_default_cfgs, register_model
+from timm.models import ResNet, register_model
 from timm.models.resnet import BasicBlock, Bottleneck
 
 from ..kernelize import WarehousePlan, kernelize
-from ._network import KWNetwork, build_kw_model, kw_cfg
+from ._network import KWNetwork, build_kw_model, kw_cfg, kw_default_cfgs
 
 __all__ = ['KWResNet', 'resnet_plan']
 
 STAGES = ('layer1', 'layer2', 'layer3', 'layer4')
 
 
-def resnet_plan(model: ResNet, **ratios: float) -> dict[str, WarehousePlan]:
+def resnet_plan(model: ResNet, **ratios: Any) -> dict[str, WarehousePlan]:
     """Say which convolution of a timm ResNet joins which warehouse.
 
     Args:
@@ -89,7 +89,7 @@ class KWResNet(KWNetwork, ResNet):
 
 _CFG = kw_cfg(first_conv='conv1', classifier='fc')
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = kw_default_cfgs(
     {
         'kw1d4x_resnet18.osvai_in1k': _CFG,
         'kw1d2x_resnet18.osvai_in1k': _CFG,

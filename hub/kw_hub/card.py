@@ -1,0 +1,154 @@
+"""Model cards: what a repository on the Hub says of its weights."""
+
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from kw_timm.pretrained import hub_revision
+
+from .manifest import Entry, load_manifest
+
+__all__ = ['model_card']
+
+_METRICS = {
+    'top1': ('accuracy', 'Accuracy (top-1)'),
+    'top5': ('accuracy', 'Accuracy (top-5)'),
+    'box_ap': ('mAP', 'box AP'),
+    'mask_ap': ('mAP', 'mask AP'),
+}
+_TASKS = {
+    'classification': ('image-classification', 'Image classification', 'imagenet-1k', 'ImageNet-1k'),
+    'detection': ('object-detection', 'Object detection', 'detection-datasets/coco', 'COCO 2017'),
+}
+_AUTHORS = 'https://github.com/OSVAI/KernelWarehouse'
+_CITATION = """```bibtex
+@inproceedings{li2024kernelwarehouse,
+  title     = {KernelWarehouse: Rethinking the Design of Dynamic Convolution},
+  author    = {Li, Chao and Yao, Anbang},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2024},
+  note      = {arXiv 2406.07879}
+}
+```"""
+
+
+def model_card(entry: Entry) -> str:
+    """Return the model card of a weight: metadata as the Hub wants it, then text.
+
+    Args:
+        entry: A weight of the manifest.
+
+    Returns:
+        Markdown with YAML front matter.
+    """
+    body = _detector_text(entry) if entry.kind == 'detector' else _network_text(entry)
+    return f'---\n{_metadata(entry).to_yaml()}\n---\n\n# {entry.repository}\n\n{body}\n\n## Citation\n\n{_CITATION}\n'
+
+
+def _metadata(entry: Entry) -> ModelCardData:
+    is_detector = entry.kind == 'detector'
+    pipeline, task, dataset, dataset_name = _TASKS['detection' if is_detector else 'classification']
+    results = [
+        EvalResult(
+            task_type=pipeline,
+            task_name=task,
+            dataset_type=dataset,
+            dataset_name=dataset_name,
+            dataset_split='validation',
+            metric_type=_METRICS[name][0],
+            metric_name=_METRICS[name][1],
+            metric_value=value,
+            source_name='as published by the authors',
+            source_url=_AUTHORS,
+        )
+        for name, value in entry.metrics.items()
+    ]
+    tags = ['kernelwarehouse', 'dynamic-convolution'] if entry.kind != 'static' else []
+    return ModelCardData(
+        model_name=entry.repository,
+        library_name='mmdetection' if is_detector else 'timm',
+        license=entry.licence,
+        pipeline_tag=pipeline,
+        datasets=[dataset],
+        metrics=sorted({_METRICS[name][0] for name in entry.metrics}),
+        tags=[*tags, 'mmdetection'] if is_detector else [*tags, 'timm', 'image-classification'],
+        eval_results=results,
+    )
+
+
+def _network_text(entry: Entry) -> str:
+    example = f"timm.create_model('hf-hub:{entry.hub_id}@{hub_revision()}', pretrained=True)"
+    imports = 'import timm'
+    intro = f"timm's `{entry.network}`, trained by the authors of KernelWarehouse as the network to compare with."
+    backbone = f"name='{entry.network}'"
+    if entry.kind == 'kw':
+        imports = 'import kw_timm, timm'
+        example = f"timm.create_model('{entry.network}', pretrained=True)"
+        intro = f'`{entry.network}`: KernelWarehouse in `{entry.baseline}`, as a timm model.'
+    return f"""{intro} Weights of the [authors]({_AUTHORS}), converted without changing a bit.
+
+{_figures(entry)}
+
+## With timm
+
+```python
+{imports}
+
+model = {example}
+features = timm.create_model('hf-hub:{entry.hub_id}@{hub_revision()}', pretrained=True, features_only=True)
+```
+
+## With MMDetection
+
+```python
+custom_imports = dict(imports=['kw_mmdet'], allow_failed_imports=False)
+model = dict(backbone=dict(
+    _delete_=True, type='KWBackbone', {backbone},
+    init_cfg=dict(type='Pretrained', checkpoint='model.safetensors')))
+```
+
+`known_answer.safetensors` holds an input and this network's answer in float64;
+`kw-hub verify {entry.hub_id}` computes it again."""
+
+
+def _detector_text(entry: Entry) -> str:
+    return f"""Mask R-CNN with `{entry.network}` and an FPN, trained on COCO for 12 epochs by the
+[authors]({_AUTHORS}) of KernelWarehouse. Their weights under the names of the kw-timm detectors; no bit of a tensor was
+changed, the unused ImageNet classifier of the original is kept apart.
+
+{_figures(entry)}
+
+## With MMDetection
+
+From a checkout of kw-timm:
+
+    hf download {entry.hub_id} {entry.file} --revision {hub_revision()} --local-dir .
+    bash tools/dist_test.sh {entry.config} {entry.file} 8 --eval bbox segm
+
+## With timm
+
+The backbone alone, without classifier:
+
+    kw-hub export {entry.file} --backbone backbone_folder
+
+```python
+import kw_timm, timm
+
+features = timm.create_model('local-dir:backbone_folder', pretrained=True, features_only=True)
+```"""
+
+
+def _figures(entry: Entry) -> str:
+    """Return a table of this weight and of the network that it is compared with."""
+    rows: list[Any] = [entry]
+    rows += [
+        e
+        for e in load_manifest()
+        if (e.kind == 'detector') == (entry.kind == 'detector') and e.network == entry.baseline
+    ]
+    names = [_METRICS[name][1] for name in entry.metrics]
+    lines = [f'| network | parameters | {" | ".join(names)} |', '|---|---|' + '---|' * len(names)]
+    for row in rows:
+        lines.append(f'| `{row.network}` | {row.parameters:,} | {" | ".join(f"{v:g}" for v in row.metrics.values())} |')
+    note = f'\n\n{entry.note}' if entry.note else ''
+    return '\n'.join(lines) + '\n\nAccuracy as published by the authors.' + note

@@ -1,0 +1,132 @@
+"""Read pickled checkpoints without running what is in them: an allow-list of classes, everything else is refused."""
+
+import argparse
+import contextlib
+import importlib
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ['RefusedFileError', 'load_pickled', 'select_weights', 'unreadable']
+
+_ZIP_MAGIC = b'PK\x03\x04'
+_PICKLE_MAGIC = b'\x80'
+_EMA_KEYS = ('model_ema', 'state_dict_ema')
+_PLAIN_KEYS = ('model', 'state_dict')
+
+
+class RefusedFileError(ValueError):
+    """A weight file holds objects that are not on the allow-list; nothing of it was run."""
+
+
+def _allowed_globals() -> list[Any]:
+    """Return what may be unpickled besides torch's own tensors and containers.
+
+    Training arguments are an ``argparse.Namespace``; MMCV keeps metrics in its ``meta`` as numpy scalars and arrays,
+    under the module names of numpy 1 or numpy 2.
+    """
+    allowed: list[Any] = [argparse.Namespace]
+    with contextlib.suppress(ImportError):
+        np: Any = importlib.import_module('numpy')
+        codecs: Any = importlib.import_module('_codecs')
+        multiarray = importlib.import_module(
+            'numpy._core.multiarray' if hasattr(np, '_core') else 'numpy.core.multiarray'
+        )
+        for function in ('scalar', '_reconstruct'):
+            allowed += [
+                (getattr(multiarray, function), f'{module}.multiarray.{function}')
+                for module in ('numpy.core', 'numpy._core')
+            ]
+        # numpy writes the bytes of a scalar as text that this function turns into bytes again; it does no more.
+        allowed += [np.ndarray, np.dtype, (codecs.encode, '_codecs.encode')]
+        allowed += [type(np.dtype(kind)) for kind in '?bhilqBHILQefd']
+    return allowed
+
+
+def load_pickled(file: Path, mmap: bool = False) -> Any:
+    """Unpickle a ``torch.save`` file from an allow-list.
+
+    Args:
+        file: File that exists.
+        mmap: Leave the tensors in the file until they are used, where its format allows it.
+
+    Returns:
+        What was saved: tensors on the CPU, containers, numbers, strings, ``argparse.Namespace``, numpy values.
+
+    Raises:
+        RefusedFileError: If the file holds anything else; the message names it. Nothing of the file was run.
+        ValueError: If the file is a web page, cut off, or no checkpoint.
+    """
+    with file.open('rb') as opened:
+        start = opened.read(512)
+    if start.lstrip()[:1] == b'<':
+        raise ValueError(
+            f"The file '{file}' cannot be read: it is a web page, not a weight file. Its host answered with a page "
+            f'(often a download quota). Open the link in a browser, or try again later.'
+        )
+    with torch.serialization.safe_globals(_allowed_globals()):
+        try:
+            return torch.load(file, map_location='cpu', weights_only=True, mmap=mmap and start.startswith(_ZIP_MAGIC))
+        except pickle.UnpicklingError as error:
+            names = _refused_names(file, str(error))
+            if names or start[:1] == _PICKLE_MAGIC:
+                what = ', '.join(names) or str(error).splitlines()[-1]
+                raise RefusedFileError(
+                    f"The weight file '{file}' was refused and nothing of it was run: it holds {what}. Only tensors, "
+                    f'containers, numbers, argparse.Namespace and numpy values are read. Use a file from its authors, '
+                    f'or let whoever made it save the state dict alone.'
+                ) from error
+            raise unreadable(file, error) from error
+        except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+            raise unreadable(file, error) from error
+
+
+def _refused_names(file: Path, message: str) -> list[str]:
+    with contextlib.suppress(Exception):  # Only files of the zip format can be asked.
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))
+    return sorted(set(re.findall(r'GLOBAL ([\w.]+)', message)))
+
+
+def unreadable(file: Path, error: Exception) -> ValueError:
+    """Return the error of a file that is cut off, damaged or no weight file."""
+    first_line = (str(error).splitlines() or [''])[0]
+    return ValueError(
+        f"The weight file '{file}' ({file.stat().st_size} bytes) cannot be read: it is cut off or not a weight file "
+        f'({type(error).__name__}: {first_line}). Fetch it again.'
+    )
+
+
+def select_weights(checkpoint: Any, use_ema: bool = True) -> tuple[dict[str, torch.Tensor], str]:
+    """Return the state dict in a checkpoint, and the entry that it came from.
+
+    Args:
+        checkpoint: What a weight file holds: a state dict, or a checkpoint with ``model`` or ``state_dict`` and maybe
+            ``model_ema`` or ``state_dict_ema``.
+        use_ema: Prefer averaged weights where there are any.
+
+    Returns:
+        State dict without the prefixes of wrappers (DDP, ``torch.compile``); and the entry's name, ``''`` for a bare
+        state dict.
+
+    Raises:
+        ValueError: If there are no tensors.
+    """
+    entry, weights = '', checkpoint
+    if isinstance(checkpoint, dict):
+        order = (*_EMA_KEYS, *_PLAIN_KEYS) if use_ema else (*_PLAIN_KEYS, *_EMA_KEYS)
+        entry = next((key for key in order if isinstance(checkpoint.get(key), dict)), '')
+        weights = checkpoint[entry] if entry else checkpoint
+    if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise ValueError('it holds no tensors; expected a state dict or a checkpoint with one.')
+    if 'module' in weights and isinstance(weights['module'], dict):
+        weights = weights['module']
+    return {_unwrapped(key): value for key, value in weights.items() if isinstance(value, torch.Tensor)}, entry
+
+
+def _unwrapped(key: str) -> str:
+    for prefix in ('_orig_mod.', 'module.', '_orig_mod.'):
+        key = key.removeprefix(prefix)
+    return key

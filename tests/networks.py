@@ -1,0 +1,73 @@
+"""Networks to test with: names, what they cost, and weights under which every layer shows in the output."""
+
+import copy
+from functools import lru_cache
+
+import timm
+import torch
+from torch import nn
+
+import kw_timm  # noqa: F401 (registers the models)
+
+# Exact parameter counts at 1000 classes.
+PARAMETERS = {
+    'kw1d4x_resnet18': 4_031_768,
+    'kw1d2x_resnet18': 7_431_044,
+    'kw1x_resnet18': 11_932_148,
+    'kw2x_resnet18': 23_242_127,
+    'kw4x_resnet18': 45_862_085,
+    'kw1d2x_resnet50': 17_638_264,
+    'kw1x_resnet50': 28_052_310,
+    'kw4x_resnet50': 102_015_144,
+    'kw1d2x_mobilenetv2_050': 1_466_888,
+    'kw1x_mobilenetv2_050': 2_854_522,
+    'kw4x_mobilenetv2_050': 4_648_587,
+    'kw1d2x_mobilenetv2_100': 2_654_396,
+    'kw1x_mobilenetv2_100': 5_168_146,
+    'kw4x_mobilenetv2_100': 11_379_382,
+    'kw1x_convnext_tiny': 39_370_674,
+}
+VARIANTS = tuple(PARAMETERS)
+# The smallest of each family.
+SMALLEST = ('kw1x_resnet18', 'kw1x_mobilenetv2_050', 'kw1x_convnext_tiny')
+# And those with layers that the smallest do not have: a non-local basis, a KW classifier.
+SPECIAL = (*SMALLEST, 'kw1d2x_resnet50', 'kw1d2x_mobilenetv2_050')
+
+
+@torch.no_grad()
+def lively(model: nn.Module, in_chans: int = 3) -> nn.Module:
+    """Give a new network, in eval mode, weights under which every layer shows; as initialized, signals vanish.
+
+    Kernels depend on the sample, but not so much that rounding shows; the features' norms are fitted to the weights.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith('.gamma'):
+            parameter.fill_(0.5)
+        elif name.endswith(('attention.fc2.bias', 'basis_bias')):
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        elif name.endswith('attention.fc2.weight'):
+            parameter.mul_(0.1)
+    norms = [module for module in model.eval().modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train().momentum = 1.0
+    model(torch.randn(4, in_chans, 64, 64, generator=generator))
+    for norm in norms:
+        norm.eval().momentum = 0.1
+    return model
+
+
+@lru_cache
+def _network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return lively(timm.create_model(name))
+
+
+def network(name: str) -> nn.Module:
+    """A lively network of a variant, in eval mode, the caller's own."""
+    return copy.deepcopy(_network(name))
+
+
+def images(batch: int = 2, size: int = 64, channels: int = 3, seed: int = 1) -> torch.Tensor:
+    """A batch of random images."""
+    return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
