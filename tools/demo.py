@@ -56,6 +56,7 @@ def train(run: Path, options: list[str], epochs: int) -> Path:
         return done
     command = [sys.executable, str(ROOT / 'tools/train.py'), str(CONFIG), '--work-dir', str(run), '--seed', '0']
     command += ['--no-validate']
+    print(f'training {epochs} epochs; checkpoints and the whole log: {run}', flush=True)
     if done is not None:
         print(f'going on from {done}')
         command += ['--resume-from', str(done)]
@@ -73,6 +74,7 @@ def evaluate(run: Path, checkpoint: Path, options: list[str]) -> dict[str, float
         old.unlink()
     command = [sys.executable, str(ROOT / 'tools/test.py'), str(CONFIG), str(checkpoint), '--work-dir', str(folder)]
     command += ['--eval', 'bbox', 'segm', '--cfg-options', *options]
+    print(f'evaluating on held-out images; the whole log: {run / "test.log"}', flush=True)
     run_quietly(command, run / 'test.log', show='[>')
     return json.loads(next(folder.glob('eval_*.json')).read_text())['metric']
 

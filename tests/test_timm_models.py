@@ -1,0 +1,130 @@
+"""What timm asks of each of its own models, asked of each variant, with smaller images."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from networks import VARIANTS, images, lively
+from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+SIZE = 64
+# Those that differ from a smaller one in numbers only.
+LARGE = (
+    'kw2x_resnet18',
+    'kw4x_resnet18',
+    'kw1x_resnet50',
+    'kw4x_resnet50',
+    'kw1x_mobilenetv2_100',
+    'kw4x_mobilenetv2_100',
+)
+
+
+@pytest.fixture(scope='module', params=[pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in VARIANTS])
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope='module')
+def made(name) -> nn.Module:
+    torch.manual_seed(0)
+    return lively(timm.create_model(name))
+
+
+def as_graph(model: nn.Module) -> nn.Module:
+    """Trace a network into an fx graph."""
+    options = dict(
+        leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions(), param_shapes_constant=True
+    )
+    train, evaluate = get_graph_node_names(model, tracer_kwargs=options)
+    return create_feature_extractor(
+        model, train_return_nodes=train[-1:], eval_return_nodes=evaluate[-1:], tracer_kwargs=options
+    )
+
+
+def check_gradients(model: nn.Module, outputs: torch.Tensor) -> None:
+    assert outputs.shape == (2, 42)
+    assert outputs.isfinite().all()
+    outputs.mean().backward()
+    assert [key for key, p in model.named_parameters() if p.grad is None] == []
+    model.zero_grad()
+
+
+@torch.no_grad()
+def test_forward(made):
+    x = images(1, SIZE)
+    outputs = made(x)
+    assert outputs.shape == (1, 1000)
+    assert outputs.isfinite().all()
+    made.set_grad_checkpointing()
+    torch.testing.assert_close(made(x), outputs, rtol=1e-4, atol=1e-5)
+    made.set_grad_checkpointing(False)
+    torch.testing.assert_close(as_graph(made)(x).popitem()[1], outputs, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_head_and_pooling(made):
+    x = images(1, SIZE)
+    features = made.forward_features(x)
+    assert features.shape == (1, made.num_features, SIZE // 32, SIZE // 32)
+    pooled = made.forward_head(features, pre_logits=True)
+    assert pooled.shape == (1, made.head_hidden_size)
+    torch.testing.assert_close(made.forward_head(features), made(x))
+    model = copy.deepcopy(made)
+    model.reset_classifier(0)
+    assert model.num_classes == 0
+    torch.testing.assert_close(model(x), pooled)
+    model.reset_classifier(0, '')
+    assert model(x).shape == features.shape
+
+
+@torch.no_grad()
+def test_forward_intermediates(made):
+    x = images(1, SIZE)
+    info = FeatureInfo(made.feature_info, len(made.feature_info))
+    final, features = made.forward_intermediates(x, output_fmt='NCHW')
+    assert [f.shape[1] for f in features] == info.channels()
+    assert [SIZE // f.shape[-1] for f in features] == info.reduction()
+    torch.testing.assert_close(final, made.forward_features(x), rtol=0, atol=0)
+    only = made.forward_intermediates(x, indices=[1, -1], intermediates_only=True)
+    assert len(only) == 2
+    assert torch.equal(only[0], features[1])
+    assert torch.equal(only[1], features[-1])
+    made.set_grad_checkpointing()
+    torch.testing.assert_close(made.forward_intermediates(x)[0], final, rtol=1e-4, atol=1e-5)
+    made.set_grad_checkpointing(False)
+
+
+def test_backward(made):
+    model = copy.deepcopy(made).train()
+    model.reset_classifier(42)
+    x = images(2, SIZE)
+    check_gradients(model, model(x))
+    graph = as_graph(model)
+    check_gradients(graph, graph(x).popitem()[1])
+    counts = [sum(p.numel() for p in m.parameters()) for m in (model, graph)]
+    assert counts[0] == counts[1]
+
+
+@torch.no_grad()
+def test_features(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, features_only=True).eval()
+    channels, reduction = model.feature_info.channels(), model.feature_info.reduction()
+    assert reduction == ([4, 8, 16, 32] if 'convnext' in name else [2, 4, 8, 16, 32])
+    # 96 pixels, and a size that no stride divides.
+    for size in (96, 75) if name.startswith('kw1x') else (96,):
+        outputs = model(images(1, size))
+        assert [o.shape[1] for o in outputs] == channels
+        for o, r in zip(outputs, reduction, strict=True):
+            assert o.isfinite().all()
+            assert size // r <= o.shape[-1] <= math.ceil(size / r)
+
+
+def test_construction_without_head_or_pooling(name):
+    with torch.device('meta'):
+        model = timm.create_model(name, num_classes=0, global_pool='').eval()
+        assert model(torch.empty(1, 3, 224, 224)).shape == (1, model.num_features, 7, 7)
