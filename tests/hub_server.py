@@ -1,8 +1,8 @@
 """A small Hub on loopback for the real client, and a file host; both fail on request.
 
-The package index has mirrors that only download (olah) and clients of servers that are shipped elsewhere, but no server
-that takes uploads and can be made to fail; hence this one. It speaks what ``huggingface_hub`` asks: repositories,
-revisions, trees, tags, commits with preupload and LFS, downloads with ranges.
+Among published packages there are mirrors that only download (olah) and a client whose server comes separately
+(hf-local-hub), but no server that takes uploads and can be made to fail; hence this one. It speaks what
+``huggingface_hub`` asks: repositories, revisions, trees, tags, commits with preupload and LFS, downloads with ranges.
 """
 
 import base64

@@ -47,6 +47,7 @@ def test_published_repository_is_complete_and_loads(hub, stored, entry, monkeypa
     config = json.loads(tree['config.json'])
     assert config['architecture'] == VARIANT
     assert config['pretrained_cfg']['interpolation'] == 'bicubic'
+    assert f"timm.create_model('hf-hub:{REPOSITORY}@v1', pretrained=True)" in tree['README.md'].decode()
     # As somebody else, without a store, from that organisation.
     monkeypatch.setenv('KW_TIMM_HOME', str(stored.parent / 'other'))
     monkeypatch.setenv('KW_TIMM_HUB_ORG', ORG)
@@ -92,7 +93,7 @@ def test_broken_off_publish_goes_on(hub, stored, entry, breaks_at, capsys, monke
 
 def test_only_what_changed_is_sent_and_weights_of_a_revision_do_not_change(hub, stored, entry, monkeypatch):
     publish(entry, ORG)
-    monkeypatch.setattr('kw_hub.publish.model_card', lambda e: model_card(e) + '\nOne more line.\n')
+    monkeypatch.setattr('kw_hub.publish.model_card', lambda *args: model_card(*args) + '\nOne more line.\n')
     hub.log = []
     assert [line.partition(' (')[0] for line in publish(entry, ORG).lines()] == ['upload README.md']
     assert hub.count('PUT /upload') == 0

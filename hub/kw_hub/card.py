@@ -32,16 +32,20 @@ _CITATION = """```bibtex
 ```"""
 
 
-def model_card(entry: Entry) -> str:
+def model_card(entry: Entry, repository: str | None = None, revision: str | None = None) -> str:
     """Return the model card of a weight: metadata as the Hub wants it, then text.
 
     Args:
         entry: A weight of the manifest.
+        repository: Where it is published, ``'organisation/name'``; None for where ``pretrained=True`` looks.
+        revision: Tag that it is published as; None for the one that ``pretrained=True`` uses.
 
     Returns:
         Markdown with YAML front matter.
     """
-    body = _detector_text(entry) if entry.kind == 'detector' else _network_text(entry)
+    repository, revision = repository or entry.hub_id, revision or hub_revision()
+    text = _detector_text if entry.kind == 'detector' else _network_text
+    body = text(entry, repository, revision)
     return f'---\n{_metadata(entry).to_yaml()}\n---\n\n# {entry.repository}\n\n{body}\n\n## Citation\n\n{_CITATION}\n'
 
 
@@ -76,14 +80,12 @@ def _metadata(entry: Entry) -> ModelCardData:
     )
 
 
-def _network_text(entry: Entry) -> str:
-    example = f"timm.create_model('hf-hub:{entry.hub_id}@{hub_revision()}', pretrained=True)"
-    imports = 'import timm'
+def _network_text(entry: Entry, repository: str, revision: str) -> str:
+    imports = 'import kw_timm, timm' if entry.kind == 'kw' else 'import timm'
+    name = f'hf-hub:{repository}@{revision}'
     intro = f"timm's `{entry.network}`, trained by the authors of KernelWarehouse as the network to compare with."
     backbone = f"name='{entry.network}'"
     if entry.kind == 'kw':
-        imports = 'import kw_timm, timm'
-        example = f"timm.create_model('{entry.network}', pretrained=True)"
         intro = f'`{entry.network}`: KernelWarehouse in `{entry.baseline}`, as a timm model.'
     return f"""{intro} Weights of the [authors]({_AUTHORS}), converted without changing a bit.
 
@@ -94,8 +96,8 @@ def _network_text(entry: Entry) -> str:
 ```python
 {imports}
 
-model = {example}
-features = timm.create_model('hf-hub:{entry.hub_id}@{hub_revision()}', pretrained=True, features_only=True)
+model = timm.create_model('{name}', pretrained=True)
+features = timm.create_model('{name}', pretrained=True, features_only=True)
 ```
 
 ## With MMDetection
@@ -108,10 +110,10 @@ model = dict(backbone=dict(
 ```
 
 `known_answer.safetensors` holds an input and this network's answer in float64;
-`kw-hub verify {entry.hub_id}` computes it again."""
+`kw-hub verify {repository}` computes it again."""
 
 
-def _detector_text(entry: Entry) -> str:
+def _detector_text(entry: Entry, repository: str, revision: str) -> str:
     return f"""Mask R-CNN with `{entry.network}` and an FPN, trained on COCO for 12 epochs by the
 [authors]({_AUTHORS}) of KernelWarehouse. Their weights under the names of the kw-timm detectors; no bit of a tensor was
 changed, the unused ImageNet classifier of the original is kept apart.
@@ -122,7 +124,7 @@ changed, the unused ImageNet classifier of the original is kept apart.
 
 From a checkout of kw-timm:
 
-    hf download {entry.hub_id} {entry.file} --revision {hub_revision()} --local-dir .
+    hf download {repository} {entry.file} --revision {revision} --local-dir .
     bash tools/dist_test.sh {entry.config} {entry.file} 8 --eval bbox segm
 
 ## With timm

@@ -51,7 +51,9 @@ def _reader_has_gone() -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog='kw-hub', description='Weights of kw-timm: list, fetch, convert, verify, export, publish.'
+        prog='kw-hub',
+        description='Weights of kw-timm: list, fetch, convert, verify, export, publish.',
+        epilog='example: kw-hub fetch kw4x_resnet50',
     )
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
@@ -234,7 +236,7 @@ def _publish(options: argparse.Namespace) -> None:
         except HubNotReachedError as error:
             print(f'kw-hub: the Hub was not compared: {error}', file=sys.stderr)
             todo = plan(entry, options.to, options.revision, compare=False)
-        print(model_card(entry))
+        print(model_card(entry, todo.repository, todo.revision))
         print('\n'.join(f'would {line}' for line in todo.lines()) or f'{todo.repository}: nothing to do')
         return
     done = publish(entry, options.to, options.revision)

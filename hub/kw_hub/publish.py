@@ -51,14 +51,14 @@ class Plan:
         return lines + ([f'set the tag {self.revision}'] if self.tag else [])
 
 
-def contents(entry: Entry) -> dict[str, Path | bytes]:
+def contents(entry: Entry, repository: str, revision: str) -> dict[str, Path | bytes]:
     """Return what a weight's repository holds; the weights are those of the store, checked."""
     folder = store_folder(entry.name)
     if not folder.is_dir():
         raise HubError(f"{entry.name} is not in the local store. Run 'kw-hub fetch {entry.name}' first.")
     verify_folder(folder)
     names = (entry.file,) if entry.kind == 'detector' else (WEIGHTS, 'config.json', KNOWN_ANSWER)
-    return {CARD: model_card(entry).encode(), **{name: folder / name for name in names}}
+    return {CARD: model_card(entry, repository, revision).encode(), **{name: folder / name for name in names}}
 
 
 def plan(
@@ -79,7 +79,7 @@ def plan(
     api = api or HfApi()
     revision = revision or hub_revision()
     result = Plan(f'{organisation}/{entry.repository}', revision)
-    wanted = contents(entry)
+    wanted = contents(entry, result.repository, revision)
     if not compare:
         return Plan(result.repository, revision, True, wanted, True)
     try:

@@ -181,7 +181,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if not a.is_floating_point():
         return torch.equal(a, b)
     # NaN differs from itself, its bits do not.
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
 
 
