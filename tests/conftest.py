@@ -8,6 +8,8 @@ from pathlib import Path
 # No test leaves the machine; those of the Hub talk to a server on loopback. Read when huggingface_hub is imported.
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['KW_TIMM_HOME'] = os.devnull
+# Programs that tests start share the cores with the other test process.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest
 import torch
@@ -15,6 +17,12 @@ from hub_server import HubServer, running_hub
 
 # Small tensors gain nothing from more, and on a machine that does other work too they lose much: threads spin.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that two processes end together."""
+    longest = ('test_tools.py', 'test_golden.py', 'test_configs.py')
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
 @pytest.fixture
