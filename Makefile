@@ -2,7 +2,7 @@
 # make test    run the tests
 # Both set up by themselves, once: virtual environment, torch, timm, compiled mmcv-full, MMDetection, this package.
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -27,7 +27,8 @@ lint: $(READY)
 setup: $(READY)
 
 $(READY): pyproject.toml tools/install_mmcv.py
-	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: install it, or name it with make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 is needed: install it, or name it with make PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install torch torchvision
 	$(BIN)/python tools/install_mmcv.py
