@@ -10,7 +10,7 @@ from kw_hub import convert_file
 from kw_hub.convert import export_to_backbone, export_to_reference, read_source
 from kw_hub.errors import HubError
 from kw_hub.verify import verify_file, verify_folder
-from reference_data import manifest
+from reference_data import CLASSIFICATION, manifest
 
 from kw_timm.checkpoints.detectors import detector_to_ours, detector_to_reference, export_backbone
 from kw_timm.checkpoints.exact import (
@@ -54,6 +54,19 @@ def test_networks_convert_both_ways(name):
     assert_same_tensors(to_timm_exact(converted, network), converted)
 
 
+@pytest.mark.parametrize('name', [*CLASSIFICATION, *STATIC_NETWORKS])
+def test_keys_come_back_in_the_order_of_the_reference(name):
+    shapes = manifest(name)
+    with torch.device('meta'):
+        reference = {key: torch.empty(shape) for key, shape in shapes.items()}
+    network = recognise_network(reference)
+    # safetensors sorts keys, so that a stored file's order tells nothing.
+    converted = {key: torch.empty(value.shape) for key, value in sorted(network.skeleton().state_dict().items())}
+    back = to_reference_exact(converted, network)
+    assert list(back) == list(shapes)
+    assert {key: tuple(value.shape) for key, value in back.items()} == shapes
+
+
 def test_there_are_fifteen_variants_and_five_static_networks():
     assert len(NETWORKS) == 20
 
@@ -76,7 +89,9 @@ def test_static_file_converts_for_timms_own_network(tmp_path):
     assert torch.equal(model.classifier.weight, reference['classifier.1.weight'])
     assert any('known answer agrees' in line for line in verify_folder(converted.folder))
     export_to_reference(converted.folder, tmp_path / 'back.pth')
-    assert_same_tensors(torch.load(tmp_path / 'back.pth')['model'], reference)
+    back = torch.load(tmp_path / 'back.pth')['model']
+    assert_same_tensors(back, reference)
+    assert list(back) == list(reference)
 
 
 @pytest.mark.parametrize('backbone', DETECTORS)

@@ -53,24 +53,36 @@ def to_timm_state_dict(state_dict: Mapping[str, Any], model: KWNetwork, strict: 
 
 
 def reference_keys(model: KWNetwork) -> dict[str, str]:
-    """Return ``{key of this package: key of the reference}`` for every entry of the model's state dict."""
+    """Return ``{key of this package: key of the reference}`` for the model's state dict, in the reference's order."""
     names = _reference_names(model)
     keys = {key: rename(key, names) for key in model.state_dict()}
     for i, name in enumerate(model.warehouses):
         keys[f'warehouses.{name}.weight'] = f'{REFERENCE_WAREHOUSE}{i}'
-    return keys
+    return in_reference_order(keys)
+
+
+def in_reference_order(keys: Mapping[str, str]) -> dict[str, str]:
+    """Sort ``{key: key of the reference}``, given in timm's order: warehouses and ConvNeXt's downsampling go first."""
+    first = (REFERENCE_WAREHOUSE, 'downsample_layers.')
+
+    def rank(item: tuple[str, str]) -> int:
+        return next((i for i, prefix in enumerate(first) if item[1].startswith(prefix)), len(first))
+
+    return dict(sorted(keys.items(), key=rank))
 
 
 def to_reference_state_dict(model: KWNetwork) -> dict[str, torch.Tensor]:
-    """Return a model's weights under the reference's names and in its shapes, warehouses first."""
-    keys = reference_keys(model)
-    state_dict = model.state_dict()
-    ordered = sorted(keys, key=lambda key: not key.startswith('warehouses.'))
-    converted: dict[str, torch.Tensor] = {}
-    for key in ordered:
-        value = state_dict[key]
-        converted[keys[key]] = value.view(1, -1, 1, 1) if key.endswith('.gamma') else value
-    return converted
+    """Return a model's weights under the reference's names, in its shapes and in its order."""
+    return rename_to_reference(model.state_dict(), reference_keys(model))
+
+
+def rename_to_reference(state_dict: Mapping[str, torch.Tensor], keys: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Return KW weights under the names of ``keys``, in its order; ConvNeXt's layer scale becomes ``(1, C, 1, 1)``."""
+    return {
+        reference: state_dict[key].reshape(1, -1, 1, 1) if key.endswith('.gamma') else state_dict[key]
+        for key, reference in keys.items()
+        if key in state_dict
+    }
 
 
 def _reference_names(model: KWNetwork) -> dict[str, str]:

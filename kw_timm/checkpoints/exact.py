@@ -8,7 +8,7 @@ from typing import Any
 import timm
 import torch
 
-from .convert import reference_keys, to_timm_state_dict
+from .convert import in_reference_order, reference_keys, rename_to_reference, to_timm_state_dict
 from .static import STATIC_NETWORKS, identify_static, static_to_reference, static_to_timm
 from .variants import REFERENCE_WAREHOUSE, identify_variant
 
@@ -126,16 +126,14 @@ def to_reference_exact(state_dict: Mapping[str, torch.Tensor], network: Network)
         network: What :func:`recognise_network` says of them.
 
     Returns:
-        The same tensors under the reference's names and in its shapes, warehouses first.
+        The same tensors under the reference's names, in its shapes and in its order.
     """
-    if not network.is_kw:
-        return static_to_reference(state_dict, network.name)
-    names = reference_keys(network.skeleton())
-    converted = {}
-    for key in sorted(state_dict, key=lambda key: not key.startswith('warehouses.')):
-        value = state_dict[key]
-        converted[names[key]] = value.reshape(1, -1, 1, 1) if key.endswith('.gamma') else value
-    return converted
+    skeleton = network.skeleton()
+    if network.is_kw:
+        return rename_to_reference(state_dict, reference_keys(skeleton))
+    own_keys = static_to_reference({key: key for key in skeleton.state_dict()}, network.name)
+    keys = in_reference_order({key: reference for reference, key in own_keys.items()})
+    return {reference: state_dict[key] for key, reference in keys.items() if key in state_dict}
 
 
 def has_reference_names(state_dict: Mapping[str, Any]) -> bool:
