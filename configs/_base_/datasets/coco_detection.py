@@ -8,27 +8,29 @@ short_sides = dict(
     multiscale_mode='value',
     keep_ratio=True,
 )
+multi_scale = dict(
+    type='AutoAugment',
+    policies=[
+        [short_sides],
+        [
+            dict(
+                type='Resize',
+                img_scale=[(400, 1333), (500, 1333), (600, 1333)],
+                multiscale_mode='value',
+                keep_ratio=True,
+            ),
+            dict(type='RandomCrop', crop_type='absolute_range', crop_size=(384, 600), allow_negative_crop=True),
+            dict(short_sides, override=True),
+        ],
+    ],
+)
+normalize = dict(type='Normalize', **img_norm_cfg)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='RandomFlip', flip_ratio=0.5),
-    dict(
-        type='AutoAugment',
-        policies=[
-            [short_sides],
-            [
-                dict(
-                    type='Resize',
-                    img_scale=[(400, 1333), (500, 1333), (600, 1333)],
-                    multiscale_mode='value',
-                    keep_ratio=True,
-                ),
-                dict(type='RandomCrop', crop_type='absolute_range', crop_size=(384, 600), allow_negative_crop=True),
-                dict(short_sides, override=True),
-            ],
-        ],
-    ),
-    dict(type='Normalize', **img_norm_cfg),
+    multi_scale,
+    normalize,
     dict(type='Pad', size_divisor=32),
     dict(type='DefaultFormatBundle'),
     dict(type='Collect', keys=['img', 'gt_bboxes', 'gt_labels']),
@@ -42,7 +44,7 @@ test_pipeline = [
         transforms=[
             dict(type='Resize', keep_ratio=True),
             dict(type='RandomFlip'),
-            dict(type='Normalize', **img_norm_cfg),
+            normalize,
             dict(type='Pad', size_divisor=32),
             dict(type='ImageToTensor', keys=['img']),
             dict(type='Collect', keys=['img']),
