@@ -20,7 +20,7 @@ from kw_timm.checkpoints.detectors import (
     is_detector,
 )
 from kw_timm.checkpoints.exact import Network, recognise_network, to_reference_exact, to_timm_exact
-from kw_timm.checkpoints.unpickle import load_pickled, select_weights
+from kw_timm.checkpoints.unpickle import EMA_KEYS, load_pickled, select_weights
 from kw_timm.pretrained import TAG, WEIGHTS, check_stored, sha256_of, store_folder
 
 from .errors import HubError
@@ -30,7 +30,6 @@ from .known_answer import write_answer
 __all__ = ['CHOICES', 'Converted', 'convert_file', 'export_to_backbone', 'export_to_reference', 'read_source']
 
 CHOICES = ('auto', 'ema', 'model')
-_EMA = ('model_ema', 'state_dict_ema')
 _UNUSED = 'reference_unused'
 
 
@@ -82,11 +81,11 @@ def read_source(file: str | Path, weights: str = 'auto') -> Source:
         state_dict, entry = select_weights(checkpoint, use_ema=weights != 'model')
     except ValueError as error:
         raise HubError(f"'{path}': {error}") from error
-    if weights == 'ema' and entry not in _EMA:
+    if weights == 'ema' and entry not in EMA_KEYS:
         raise HubError(
             f"'{path}' has no averaged (EMA) weights; it has '{entry or 'a bare state dict'}'. Use --weights auto."
         )
-    if weights == 'model' and entry in _EMA:
+    if weights == 'model' and entry in EMA_KEYS:
         raise HubError(f"'{path}' has averaged (EMA) weights only. Use --weights auto.")
     meta = checkpoint.get('meta') if entry == 'state_dict' else None
     unused = checkpoint.get(_UNUSED) if entry == 'state_dict' else None
@@ -159,11 +158,7 @@ def convert_file(
             # The source is mapped into memory; let it go before the network is run.
             del source, converted
             gc.collect()
-            model = network.create()
-            save_config_for_hf(model, str(filling / 'config.json'))
-            model.load_state_dict(load_file(filling / WEIGHTS))
-            write_answer(model, filling, network.in_chans)
-            record = write_record(filling, WEIGHTS, **origin)
+            record = _complete_folder(filling, network, **origin)
     return Converted(name, folder, network, record)
 
 
@@ -212,9 +207,14 @@ def export_to_backbone(folder: Path, output: str | Path, overwrite: bool = False
     target = Path(output)
     with new_folder(target, overwrite) as filling:
         save_file(export_backbone(detector), filling / WEIGHTS, metadata={'format': 'pt'})
-        model = network.create()
-        save_config_for_hf(model, str(filling / 'config.json'))
-        model.load_state_dict(load_file(filling / WEIGHTS))
-        write_answer(model, filling, network.in_chans)
-        record = write_record(filling, WEIGHTS, detector=detector.name, kw_timm=kw_timm.__version__)
+        record = _complete_folder(filling, network, detector=detector.name, kw_timm=kw_timm.__version__)
     return Converted(f'{network.name}.{detector.name}', target, network, record)
+
+
+def _complete_folder(folder: Path, network: Network, **facts: Any) -> dict[str, Any]:
+    """Add to a network's weights, which the folder has, timm's config, the known answer and the record; return it."""
+    model = network.create()
+    save_config_for_hf(model, str(folder / 'config.json'))
+    model.load_state_dict(load_file(folder / WEIGHTS))
+    write_answer(model, folder, network.in_chans)
+    return write_record(folder, WEIGHTS, **facts)

@@ -15,7 +15,13 @@ from .variants import REFERENCE_WAREHOUSE, check_variant
 if TYPE_CHECKING:
     from ..models import KWNetwork
 
-__all__ = ['REFERENCE_WAREHOUSE', 'reference_keys', 'to_reference_state_dict', 'to_timm_state_dict']
+__all__ = [
+    'in_reference_order',
+    'reference_keys',
+    'rename_to_reference',
+    'to_reference_state_dict',
+    'to_timm_state_dict',
+]
 
 
 def to_timm_state_dict(state_dict: Mapping[str, Any], model: KWNetwork, strict: bool = True) -> dict[str, Any]:

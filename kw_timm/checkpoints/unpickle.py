@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-__all__ = ['RefusedFileError', 'load_pickled', 'select_weights', 'unreadable']
+__all__ = ['EMA_KEYS', 'RefusedFileError', 'load_pickled', 'select_weights', 'unreadable']
 
 _ZIP_MAGIC = b'PK\x03\x04'
 _PICKLE_MAGIC = b'\x80'
-_EMA_KEYS = ('model_ema', 'state_dict_ema')
+EMA_KEYS = ('model_ema', 'state_dict_ema')
 _PLAIN_KEYS = ('model', 'state_dict')
 
 
@@ -116,7 +116,7 @@ def select_weights(checkpoint: Any, use_ema: bool = True) -> tuple[dict[str, tor
     """
     entry, weights = '', checkpoint
     if isinstance(checkpoint, dict):
-        order = (*_EMA_KEYS, *_PLAIN_KEYS) if use_ema else (*_PLAIN_KEYS, *_EMA_KEYS)
+        order = (*EMA_KEYS, *_PLAIN_KEYS) if use_ema else (*_PLAIN_KEYS, *EMA_KEYS)
         entry = next((key for key in order if isinstance(checkpoint.get(key), dict)), '')
         weights = checkpoint[entry] if entry else checkpoint
     if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
