@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .features import PyramidFeatures
 
 __all__ = ['check_config', 'check_data', 'check_neck']
@@ -37,7 +39,9 @@ def check_neck(model: Mapping[str, Any]) -> None:
     if backbone.get('type') != 'KWBackbone' or 'in_channels' not in neck:
         return
     ignored = ('type', 'pretrained', 'init_cfg')
-    features = PyramidFeatures(**{key: value for key, value in backbone.items() if key not in ignored})
+    # Channels alone are wanted; the detector's own backbone is made later.
+    with torch.device('meta'):
+        features = PyramidFeatures(**{key: value for key, value in backbone.items() if key not in ignored})
     expected, given = list(features.out_channels), list(neck['in_channels'])
     if expected != given:
         raise ValueError(
