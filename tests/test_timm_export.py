@@ -32,7 +32,7 @@ def test_compile_to_machine_code():
 
 
 def test_compile_training():
-    net, x = small().train(), images(4, size=8)
+    net, x = small().train().double(), images(4, size=8).double()
     gradients = []
     for model in (torch.compile(net, fullgraph=True, backend='aot_eager'), net):
         net.zero_grad()
@@ -45,7 +45,7 @@ def test_compile_training():
 @pytest.mark.parametrize('name', SMALLEST)
 def test_compile(name):
     """A whole network is one graph; lowered, but run by torch's own kernels, which takes seconds."""
-    model, x = network(name), images()
+    model, x = network(name).double(), images().double()
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='aot_eager')(x), model(x))
 
 

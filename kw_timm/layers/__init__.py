@@ -1,7 +1,8 @@
 """The KernelWarehouse method; depends on torch alone."""
 
 from .attention import KWAttention
-from .functional import assemble_kernels, conv_per_sample, kernel_warehouse_conv
+from .dynamic_conv import kernel_warehouse_conv, straightforward
+from .functional import assemble_kernels, conv_per_sample, straightforward_conv
 from .kw_layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
 from .partition import LayerPartition, Partition, assign_cells, partition_kernels
 from .warehouse import Warehouse
@@ -21,4 +22,6 @@ __all__ = [
     'conv_per_sample',
     'kernel_warehouse_conv',
     'partition_kernels',
+    'straightforward',
+    'straightforward_conv',
 ]

@@ -3,14 +3,15 @@
 Short and obviously right; every faster way is held against it.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ['assemble_kernels', 'conv_per_sample', 'kernel_warehouse_conv']
+__all__ = ['arrange_kernels', 'assemble_kernels', 'conv_per_sample', 'straightforward_conv']
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 Padding = str | tuple[int, ...]
 
@@ -32,13 +33,28 @@ def assemble_kernels(
     Returns:
         Kernels, ``(B, O, I / groups, *kernel_size)``.
     """
-    positions, out_groups, in_groups = grid
-    cell_out, cell_in = cells.shape[1:3]
     mixed = coefficients @ cells.flatten(1).to(coefficients.dtype)
+    return arrange_kernels(mixed, cells.shape[1:], grid, kernel_size)
+
+
+def arrange_kernels(
+    mixed: torch.Tensor, cell_shape: Sequence[int], grid: Sequence[int], kernel_size: Sequence[int]
+) -> torch.Tensor:
+    """Put mixtures ``(B, m, co * ci * window)`` in their places; arguments, result as :func:`assemble_kernels`."""
+    positions, out_groups, in_groups = grid
+    cell_out, cell_in, *window = cell_shape
     # One of `positions` and `window` is 1; together they are the flattened kernel window.
-    parts = mixed.reshape(-1, positions, out_groups, in_groups, cell_out, cell_in, cells[0, 0, 0].numel())
+    parts = mixed.reshape(mixed.shape[0], positions, out_groups, in_groups, cell_out, cell_in, math.prod(window))
     kernels = parts.permute(0, 2, 4, 3, 5, 1, 6)
-    return kernels.reshape(-1, out_groups * cell_out, in_groups * cell_in, *kernel_size)
+    return kernels.reshape(mixed.shape[0], out_groups * cell_out, in_groups * cell_in, *kernel_size)
+
+
+def arrange_gradient(grad_kernels: torch.Tensor, cell_shape: Sequence[int], grid: Sequence[int]) -> torch.Tensor:
+    """Gradient of :func:`arrange_kernels`: from that of the kernels to ``(B, m, co * ci * window)``."""
+    positions, out_groups, in_groups = grid
+    cell_out, cell_in, *window = cell_shape
+    parts = grad_kernels.reshape(-1, out_groups, cell_out, in_groups, cell_in, positions, math.prod(window))
+    return parts.permute(0, 5, 1, 3, 2, 4, 6).reshape(grad_kernels.shape[0], math.prod(grid), -1)
 
 
 def conv_per_sample(
@@ -65,16 +81,19 @@ def conv_per_sample(
         ``(B, O, *spatial')``.
     """
     batch, out_channels = x.shape[0], kernels.shape[1]
+    if batch == 0:
+        # A grouped convolution cannot have zero groups; any one kernel gives the right empty output.
+        return CONV[x.dim() - 2](x, kernels.new_zeros(kernels.shape[1:]), bias, stride, padding, dilation, groups)
     # The batch becomes groups of one wide sample, which is what lets every sample have its own kernel.
     wide = x.reshape(1, batch * x.shape[1], *x.shape[2:])
-    y = _CONV[x.dim() - 2](wide, kernels.flatten(0, 1), None, stride, padding, dilation, batch * groups)
+    y = CONV[x.dim() - 2](wide, kernels.flatten(0, 1), None, stride, padding, dilation, batch * groups)
     y = y.reshape(batch, out_channels, *y.shape[2:])
     if bias is not None:
         y = y + bias.to(y.dtype).view(-1, *(1,) * (y.dim() - 2))
     return y
 
 
-def kernel_warehouse_conv(
+def straightforward_conv(
     x: torch.Tensor,
     coefficients: torch.Tensor,
     cells: torch.Tensor,
@@ -94,11 +113,6 @@ def kernel_warehouse_conv(
         ValueError: If the input is not a batch, has no pixels or is smaller than the kernel.
     """
     check_input(x, kernel_size, padding, dilation)
-    if x.shape[0] == 0:
-        # A grouped convolution cannot have zero groups; any one kernel gives the right empty output.
-        coefficients = coefficients.new_zeros(1, *coefficients.shape[1:])
-        kernel = assemble_kernels(coefficients, cells, grid, kernel_size)[0]
-        return _CONV[x.dim() - 2](x, kernel, bias, stride, padding, dilation, groups)
     kernels = assemble_kernels(coefficients, cells, grid, kernel_size)
     return conv_per_sample(x, kernels.to(x.dtype), bias, stride, padding, dilation, groups)
 

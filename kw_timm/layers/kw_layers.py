@@ -7,7 +7,8 @@ import torch.fx
 from torch import nn
 
 from .attention import KWAttention, NormLayer
-from .functional import Padding, kernel_warehouse_conv
+from .dynamic_conv import kernel_warehouse_conv
+from .functional import Padding
 from .warehouse import Warehouse
 
 __all__ = ['KWConv1d', 'KWConv2d', 'KWConv3d', 'KWLayer', 'KWLinear']

@@ -1,0 +1,20 @@
+def mix(
+    out: int,
+    coefficients: int,
+    cells: int,
+    offsets: int,
+    code: int,
+    groups: int,
+    rows: int,
+    num_cells: int,
+    length: int,
+    width: int,
+    coefficient_group: int,
+    coefficient_row: int,
+    cell_group: int,
+    cell_stride: int,
+    out_stride: int,
+    in_stride: int,
+    /,
+) -> None: ...
+def use_huge_pages(address: int, size: int, /) -> None: ...

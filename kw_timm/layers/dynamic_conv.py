@@ -1,0 +1,218 @@
+"""The default path of a KW layer: exact, like the straightforward one, but quick and with little memory.
+
+Kernels of a few samples at a time are made, used and forgotten; for the gradients they are made again, which costs
+less than keeping them. Exported, traced and compiled training graphs take the straightforward path, which fits any
+batch.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .functional import Padding, arrange_gradient, check_input, straightforward_conv
+from .mixing import Grid, empty_buffer, is_exporting, mix_cells
+from .per_sample import Convolution, convolve, convolve_backward
+
+__all__ = ['as_convolution', 'convolve_in_chunks', 'kernel_warehouse_conv', 'straightforward']
+
+# Larger buffers are handed back to the system and cleared by it anew at every use, which costs more than their use.
+_CHUNK_BYTES = 40 * 2**20
+# Gradients of the cells are summed over chunks, which for small chunks means mostly moving the sums.
+_BACKWARD_CHUNK_BYTES = 40 * 2**20
+# Making an element of a kernel again takes as many multiply-adds as there are cells: from here on it is kept.
+_KEEP_FROM_CELLS = 384
+
+_straightforward = False
+
+
+@contextmanager
+def straightforward() -> Iterator[None]:
+    """Let every KW layer compute in the straightforward way while the context lasts.
+
+    It is what the other ways are tested and measured against; it also serves what they do not: second derivatives,
+    forward-mode derivatives and ``torch.func.vmap``.
+
+    Example:
+        >>> with straightforward():
+        ...     model(images)
+    """
+    global _straightforward
+    before, _straightforward = _straightforward, True
+    try:
+        yield
+    finally:
+        _straightforward = before
+
+
+def kernel_warehouse_conv(
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    cells: torch.Tensor,
+    bias: torch.Tensor | None,
+    grid: Grid,
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: Padding,
+    dilation: tuple[int, ...],
+    groups: int,
+) -> torch.Tensor:
+    """Convolve each sample with the kernel that its coefficients make of the cells.
+
+    Args:
+        x: Inputs, ``(B, C, *spatial)``.
+        coefficients: Attention, ``(B, m, n)``.
+        cells: Warehouse cells, ``(n, co, ci, *window)``.
+        bias: ``(O,)`` or None, the same for all samples.
+        grid: ``(spatial positions, output groups, input groups)`` of the ``m`` mixtures.
+        kernel_size: Window of the kernel.
+        stride: Stride per spatial axis.
+        padding: Zero padding per spatial axis, or ``'same'`` / ``'valid'``.
+        dilation: Dilation per spatial axis.
+        groups: Groups of the layer.
+
+    Returns:
+        ``(B, O, *spatial')``.
+
+    Raises:
+        ValueError: If the input is not a batch, has no pixels or is smaller than the kernel.
+    """
+    check_input(x, kernel_size, padding, dilation)
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, coefficients, cells = x.to(dtype), coefficients.to(dtype), cells.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    conv = as_convolution(kernel_size, stride, padding, dilation, groups)
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, coefficients, cells, bias))
+    # Depthwise kernels are small: left to autograd, which keeps them.
+    if conv is None or (learns and groups != 1) or _must_be_straightforward(x, coefficients, cells, learns):
+        return straightforward_conv(x, coefficients, cells, bias, grid, kernel_size, stride, padding, dilation, groups)
+    if not learns:
+        return convolve_in_chunks(x, coefficients, cells, bias, grid, kernel_size, conv)
+    return _KernelWarehouseConv.apply(x, coefficients, cells, bias, grid, kernel_size, conv)
+
+
+def as_convolution(
+    kernel_size: tuple[int, ...], stride: tuple[int, ...], padding: Padding, dilation: tuple[int, ...], groups: int
+) -> Convolution | None:
+    """Return the arguments of a convolution with its padding in pixels, None if that differs from side to side."""
+    if padding == 'valid':
+        padding = (0,) * len(kernel_size)
+    elif isinstance(padding, str):
+        total = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+        if any(t % 2 for t in total):
+            return None
+        padding = tuple(t // 2 for t in total)
+    return Convolution(stride, padding, dilation, groups)
+
+
+def _must_be_straightforward(x: torch.Tensor, coefficients: torch.Tensor, cells: torch.Tensor, learns: bool) -> bool:
+    return (
+        _straightforward
+        or torch.jit.is_tracing()
+        or is_exporting()
+        or (learns and torch.compiler.is_compiling())
+        or x.shape[0] == 0
+        or x.device.type == 'meta'
+        or not x.dtype == coefficients.dtype == cells.dtype
+    )
+
+
+def _chunks(x: torch.Tensor, kernel_bytes: int, limit: int) -> Iterator[slice]:
+    """Slices of the batch, of like sizes, whose kernels take at most ``limit`` bytes (or are one sample's)."""
+    batch = x.shape[0]
+    in_parts = x.device.type == 'cpu' and not torch.compiler.is_compiling()
+    most = max(1, limit // kernel_bytes) if in_parts else batch
+    count = -(-batch // most)
+    for i in range(count):
+        yield slice(batch * i // count, batch * (i + 1) // count)
+
+
+def _kernel_bytes(coefficients: torch.Tensor, cells: torch.Tensor) -> int:
+    return coefficients.shape[1] * cells[0].numel() * coefficients.element_size()
+
+
+def convolve_in_chunks(
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    cells: torch.Tensor,
+    bias: torch.Tensor | None,
+    grid: Grid,
+    kernel_size: tuple[int, ...],
+    conv: Convolution,
+) -> torch.Tensor:
+    """Make the kernels of some samples at a time and convolve. Not differentiable.
+
+    Args:
+        x: As of :func:`kernel_warehouse_conv`, as all that follow.
+        coefficients: ``(B, m, n)``.
+        cells: As of :func:`~kw_timm.layers.mixing.mix_cells`.
+        bias: ``(O,)`` or None.
+        grid: Grid of the mixtures.
+        kernel_size: Window of the kernel.
+        conv: The other arguments of the convolution.
+
+    Returns:
+        ``(B, O, *spatial')``.
+    """
+    chunks = list(_chunks(x, _kernel_bytes(coefficients, cells), _CHUNK_BYTES))
+    if len(chunks) == 1:
+        return _add_bias(convolve(x, mix_cells(coefficients, cells, grid, kernel_size), conv), bias)
+    y = None
+    for chunk in chunks:
+        kernels = mix_cells(coefficients[chunk], cells, grid, kernel_size)
+        if y is None:
+            y = x.new_empty(x.shape[0], kernels.shape[1], *conv.output_size(x, kernels))
+        convolve(x[chunk], kernels, conv, out=y[chunk])
+    assert y is not None
+    return _add_bias(y, bias)
+
+
+def _add_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return y if bias is None else y.add_(bias.view(-1, *(1,) * (y.dim() - 2)))
+
+
+class _KernelWarehouseConv(torch.autograd.Function):
+    """The layer's function with gradients, keeping inputs and coefficients instead of most kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x, coefficients, cells, bias, grid, kernel_size, conv):  # type: ignore[no-untyped-def]
+        ctx.arguments = grid, kernel_size, conv
+        with torch.autocast(x.device.type, enabled=False):
+            if cells.shape[0] < _KEEP_FROM_CELLS:
+                ctx.save_for_backward(x, coefficients, cells)
+                return convolve_in_chunks(x, coefficients, cells, bias, grid, kernel_size, conv)
+            kernels = mix_cells(coefficients, cells, grid, kernel_size)
+            ctx.save_for_backward(x, coefficients, cells, kernels)
+            return _add_bias(convolve(x, kernels, conv), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
+        x, coefficients, cells, *kept = ctx.saved_tensors
+        grid, kernel_size, conv = ctx.arguments
+        need_x, need_coefficients, need_cells, need_bias = ctx.needs_input_grad[:4]
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
+        grad_coefficients = torch.empty_like(coefficients) if need_coefficients else None
+        grad_cells = empty_buffer(cells.shape, cells) if need_cells else None
+        for chunk in _chunks(x, _kernel_bytes(coefficients, cells), _BACKWARD_CHUNK_BYTES):
+            kernels = kept[0][chunk] if kept else mix_cells(coefficients[chunk], cells, grid, kernel_size)
+            grad_input, grad_kernels = convolve_backward(
+                grad[chunk], x[chunk], kernels, conv, need_x, need_coefficients or need_cells
+            )
+            del kernels
+            if grad_x is not None and grad_input is not None:
+                grad_x[chunk] = grad_input
+            if grad_kernels is None:
+                continue
+            mixtures = arrange_gradient(grad_kernels, cells.shape[1:], grid).flatten(0, 1)
+            del grad_kernels
+            if grad_coefficients is not None:
+                torch.mm(mixtures, cells.flatten(1).t(), out=grad_coefficients[chunk].flatten(0, 1))
+            if grad_cells is not None:
+                sums, rows = grad_cells.flatten(1), coefficients[chunk].flatten(0, 1).t()
+                torch.addmm(sums, rows, mixtures, beta=0 if chunk.start == 0 else 1, out=sums)
+        grad_bias = grad.sum([0, *range(2, grad.dim())]) if need_bias else None
+        return grad_x, grad_coefficients, grad_cells, grad_bias, None, None, None

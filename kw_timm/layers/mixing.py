@@ -1,0 +1,156 @@
+"""Kernels from cells, quickly: every cell is read once, and kernels are written in the order convolutions want.
+
+On a CPU a small compiled module does it at the speed of memory; elsewhere, and where it could not be compiled, torch's
+matrix products do. Both agree with :func:`~kw_timm.layers.assemble_kernels`.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+from .functional import arrange_kernels
+
+_mixing: ModuleType | None
+try:
+    from .. import _mixing
+except ImportError:  # No compiler where the package was installed.
+    _mixing = None
+
+__all__ = ['compiled', 'empty_buffer', 'is_exporting', 'mix_cells']
+
+Grid = tuple[int, int, int]
+
+# Before torch 2.7 exporting and compiling could not be told apart.
+is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+
+# The C library keeps smaller buffers for the next request.
+_LARGE = 16 * 2**20
+
+# Codes of the compiled module: coefficients and kernels are float64 in the second, float32 in the others.
+_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.int8: 3}
+
+
+def compiled() -> bool:
+    """Return whether the compiled module is there."""
+    return _mixing is not None
+
+
+def mix_cells(coefficients: torch.Tensor, cells: torch.Tensor, grid: Grid, kernel_size: Sequence[int]) -> torch.Tensor:
+    """Make every sample's kernel. Not differentiable.
+
+    Args:
+        coefficients: ``(B, m, n)``.
+        cells: ``(n, co, ci, *window)``, the same for all mixtures; or ``(m, n, co, ci, *window)``, each mixture's own.
+            May be stored in fewer bits than the coefficients, as bfloat16 or int8.
+        grid: ``(spatial positions, output groups, input groups)`` of the ``m`` mixtures.
+        kernel_size: Window of the kernel.
+
+    Returns:
+        Kernels of the type of the coefficients, ``(B, O, I / groups, *kernel_size)``, contiguous.
+    """
+    if cells.dim() == 3 + len(kernel_size):
+        cells = cells[None]
+    if is_exporting() or torch.jit.is_tracing():
+        return _mix_with_matmul(coefficients, cells, grid, kernel_size)
+    return torch.ops.kw_timm.mix_cells(coefficients, cells, grid, kernel_size)
+
+
+def empty_buffer(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """Return an uninitialized tensor of the type and device of ``like``, for a large result on the way.
+
+    Beyond some size the system hands out every buffer anew, page by page, which for small pages takes longer than
+    filling it.
+    """
+    buffer = like.new_empty(shape)
+    if _mixing is not None and buffer.device.type == 'cpu' and buffer.nbytes >= _LARGE:
+        _mixing.use_huge_pages(buffer.data_ptr(), buffer.nbytes)
+    return buffer
+
+
+def _mix_with_matmul(
+    coefficients: torch.Tensor, cells: torch.Tensor, grid: Sequence[int], kernel_size: Sequence[int]
+) -> torch.Tensor:
+    cells = cells.to(coefficients.dtype)
+    if cells.shape[0] == 1:
+        mixed = coefficients @ cells[0].flatten(1)
+    else:
+        mixed = torch.bmm(coefficients.transpose(0, 1), cells.flatten(2)).transpose(0, 1)
+    return arrange_kernels(mixed, cells.shape[2:], grid, kernel_size).contiguous()
+
+
+def _mix_compiled(
+    coefficients: torch.Tensor, cells: torch.Tensor, grid: Sequence[int], kernel_size: Sequence[int]
+) -> torch.Tensor:
+    code = _CODES.get(cells.dtype)
+    mixes = torch.float64 if code == 1 else torch.float32
+    if _mixing is None or code is None or coefficients.dtype != mixes:
+        return _mix_with_matmul(coefficients, cells, grid, kernel_size)
+    coefficients, cells = _with_plain_rows(coefficients, 2), _with_plain_rows(cells, 2)
+    (batch, mixtures, num_cells), groups = coefficients.shape, cells.shape[0]
+    cell_shape = tuple(cells.shape[2:])
+    positions, out_groups, in_groups = grid
+    window = math.prod(cell_shape[2:])
+    line = in_groups * cell_shape[1] * positions * window
+    shape = (batch, out_groups * cell_shape[0], in_groups * cell_shape[1], *kernel_size)
+    kernels = empty_buffer(shape, coefficients)
+    offsets = _offsets(tuple(grid), cell_shape, batch, groups > 1)
+    _mixing.mix(
+        kernels.data_ptr(),
+        coefficients.data_ptr(),
+        cells.data_ptr(),
+        offsets.data_ptr(),
+        code,
+        groups,
+        batch if groups > 1 else batch * mixtures,
+        num_cells,
+        math.prod(cell_shape),
+        cell_shape[1] * window,
+        coefficients.stride(1),  # from one group to the next
+        coefficients.stride(0) if groups > 1 else coefficients.stride(1),  # from one row to the next
+        cells.stride(0),
+        cells.stride(1),
+        line,
+        positions,
+    )
+    return kernels
+
+
+def _with_plain_rows(tensor: torch.Tensor, axes: int) -> torch.Tensor:
+    """Return a tensor whose elements behind the first ``axes`` axes lie side by side, copied if need be."""
+    expected = 1
+    for axis in range(tensor.dim() - 1, axes - 1, -1):
+        if tensor.shape[axis] != 1 and tensor.stride(axis) != expected:
+            return tensor.contiguous()
+        expected *= tensor.shape[axis]
+    return tensor
+
+
+@lru_cache(maxsize=1024)
+def _offsets(grid: Grid, cell_shape: tuple[int, ...], batch: int, by_mixture: bool) -> torch.Tensor:
+    """Where each mixture's cell begins among the batch's kernels: ``(B, m)``, or ``(m, B)``."""
+    positions, out_groups, in_groups = (torch.arange(size) for size in grid)
+    window = math.prod(cell_shape[2:])
+    line = grid[2] * cell_shape[1] * grid[0] * window
+    by_input = in_groups * cell_shape[1] * grid[0] * window
+    starts = positions[:, None, None] + (out_groups * cell_shape[0] * line)[:, None] + by_input
+    samples = torch.arange(batch) * (grid[1] * cell_shape[0] * line)
+    offsets = samples[:, None] + starts.flatten()
+    return (offsets.t() if by_mixture else offsets).contiguous()
+
+
+_library = torch.library.Library('kw_timm', 'FRAGMENT')
+_library.define('mix_cells(Tensor coefficients, Tensor cells, int[] grid, int[] kernel_size) -> Tensor')
+_library.impl('mix_cells', _mix_compiled, 'CPU')
+_library.impl('mix_cells', _mix_with_matmul, 'CUDA')
+
+
+@torch.library.register_fake('kw_timm::mix_cells', lib=_library)
+def _mix_fake(
+    coefficients: torch.Tensor, cells: torch.Tensor, grid: Sequence[int], kernel_size: Sequence[int]
+) -> torch.Tensor:
+    return coefficients.new_empty(
+        coefficients.shape[0], grid[1] * cells.shape[2], grid[2] * cells.shape[3], *kernel_size
+    )
