@@ -2,6 +2,7 @@
 
 from . import models
 from .checkpoints import load_checkpoint
+from .inference import mixing_work, optimization_report, optimize_for_inference
 from .kernelize import WarehousePlan, kernelize
 from .temperature import TemperatureSchedule, get_temperature, set_temperature
 
@@ -14,6 +15,9 @@ __all__ = [
     'get_temperature',
     'kernelize',
     'load_checkpoint',
+    'mixing_work',
     'models',
+    'optimization_report',
+    'optimize_for_inference',
     'set_temperature',
 ]
