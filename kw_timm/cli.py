@@ -1,0 +1,140 @@
+"""The command line ``kw-timm``."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .benchmark import Case, Outputs, Settings
+
+__all__ = ['main']
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        Exit code: 0; 1 if a part of the work could not be done; 2 for what the user can set right; 130 if interrupted.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(arguments)
+    options.command_line = shlex.join(['kw-timm', *arguments])
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except (ValueError, OSError) as error:
+        print(f'kw-timm: error: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('\nkw-timm: interrupted', file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .benchmark.session import add_options, positive
+
+    parser = argparse.ArgumentParser(
+        prog='kw-timm',
+        description='KernelWarehouse networks for timm.',
+        epilog='example: kw-timm bench kw1x_resnet50',
+    )
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+    text = 'measure time and peak memory of a network in its modes, side by side'
+    bench = commands.add_parser(
+        'bench',
+        help=text,
+        description=f'{text[0].upper() + text[1:]}. Weights are random, results are compared with each other. '
+        'Modes: static, the same network without kernel warehouses; straightforward, all cells mixed for '
+        'every image and one grouped convolution; default, as a network computes by itself; optimized, by '
+        'kw_timm.optimize_for_inference. The bound is the static time and what mixing takes at the '
+        "machine's measured limits.",
+        epilog='example: kw-timm bench kw4x_resnet50 kw1x_resnet50 --batch 1 8 --train --csv results.csv',
+    )
+    bench.set_defaults(command=_bench)
+    bench.add_argument('variants', nargs='*', metavar='VARIANT', help="KW networks, see timm.list_models('kw*')")
+    bench.add_argument('--batch', type=positive, nargs='+', default=[1], metavar='N', help='images (1)')
+    bench.add_argument('--size', nargs='+', default=['224'], metavar='N', help='224, 800x1333 or 800 1333 pixels (224)')
+    bench.add_argument('--train', action='store_true', help='measure a training step too: forward and backward')
+    bench.add_argument('--train-batch', type=positive, nargs='+', default=[8], metavar='N', help='images of a step (8)')
+    bench.add_argument('--train-size', nargs='+', default=['160'], metavar='N', help='their size in pixels (160)')
+    bench.add_argument(
+        '--features-only', action='store_true', help='the multi-scale features that a detector uses, no classifier'
+    )
+    add_options(bench)
+    bench.add_argument(
+        '--from-csv', type=Path, nargs='+', metavar='FILE', help='measure nothing, show the results of earlier runs'
+    )
+    return parser
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import torch
+
+    from .benchmark import BenchmarkError, Outputs, run_all
+    from .benchmark.session import settings_of
+
+    outputs = Outputs(options.csv, options.plot, options.readme)
+    if options.from_csv:
+        if options.variants:
+            raise BenchmarkError('Give variants to measure or --from-csv, not both.')
+        outputs.check()
+        return _show(options.from_csv, outputs, options.command_line)
+    if not options.variants:
+        raise BenchmarkError('Name at least one variant, kw1x_resnet50 for instance.')
+    outputs.check()
+    threads = torch.get_num_threads()
+    try:
+        settings = settings_of(options)
+        cases = _cases(options, settings)
+        total = len(options.variants) * (len(options.batch) + (len(options.train_batch) if options.train else 0))
+        return run_all(cases, total, settings, outputs, options.command_line)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _cases(options: argparse.Namespace, settings: 'Settings') -> Iterator['Case']:
+    """Return the configurations: options are checked at once, networks built when it is their turn."""
+    from .benchmark import BenchmarkError, network_cases
+    from .benchmark.networks import static_name
+    from .benchmark.session import image_size
+
+    size, train_size = image_size(options.size), image_size(options.train_size)
+    train_batches = options.train_batch if options.train else []
+    for variant in options.variants:
+        static_name(variant)
+        if 1 in train_batches and 'convnext' not in variant:
+            raise BenchmarkError(f'--train-batch 1: a training step of {variant} needs 2 images, for its BatchNorms.')
+    return (
+        case
+        for variant in options.variants
+        for case in network_cases(
+            variant,
+            list(dict.fromkeys(options.modes)),
+            options.batch,
+            size,
+            train_batches,
+            train_size,
+            options.features_only,
+            settings.device,
+            settings.dtype,
+            options.memory_budget,
+        )
+    )
+
+
+def _show(files: Sequence[Path], outputs: 'Outputs', command_line: str) -> int:
+    from .benchmark import read_csv
+    from .benchmark.report import describe, grouped, text_table
+
+    results = [result for file in files for result in read_csv(file)]
+    for machine in dict.fromkeys(result.machine for result in results):
+        print(describe([machine]))
+    for group in grouped(results).values():
+        print('\n' + text_table(list(group.values())))
+    print()
+    if results:
+        outputs.write(results, command_line)
+    return 0

@@ -1,0 +1,307 @@
+"""The command `kw-timm bench`: what it measures, writes, and says when something is wrong."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+
+from kw_timm.benchmark import (
+    Case,
+    Outputs,
+    Settings,
+    inference_case,
+    read_csv,
+    run_all,
+    run_case,
+    session,
+    training_case,
+)
+from kw_timm.benchmark.machine import Machine, gemm_speed, read_bandwidth
+from kw_timm.benchmark.measure import Timing, alternate, peak_memory, relative_difference
+from kw_timm.benchmark.networks import drawn_images, make_networks, static_name
+from kw_timm.benchmark.report import BEGIN, END
+from kw_timm.benchmark.results import Result, bound
+from kw_timm.benchmark.session import image_size
+from kw_timm.cli import main
+
+CPU = torch.device('cpu')
+VARIANT = 'kw1x_mobilenetv2_050'
+MACHINE = Machine('cpu', 'a processor', 1, 'float32', 1e11, 2e10, torch.__version__, timm.__version__, '0', '3')
+QUICK = ['--size', '32', '--repeats', '1', '--min-time', '0', '--device', 'cpu']
+MB = 2**20
+WORK = SimpleNamespace(flops=1.0, bytes=1.0)
+
+
+@pytest.fixture(autouse=True)
+def known_machine(monkeypatch):
+    """Limits of the machine are not measured anew by every test."""
+    monkeypatch.setattr(session, 'measure_machine', lambda device, dtype: MACHINE)
+
+
+@pytest.fixture(scope='module')
+def measured(tmp_path_factory) -> Path:
+    """A folder with the files of one run."""
+    folder = tmp_path_factory.mktemp('bench')
+    (folder / 'README.md').write_text(f'before\n{BEGIN}\nold\n{END}\nafter\n')
+    files = ['--csv', f'{folder}/r.csv', '--plot', f'{folder}/r.png', '--readme', f'{folder}/README.md']
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, 'measure_machine', lambda device, dtype: MACHINE)
+        arguments = ['bench', VARIANT, '--batch', '1', '2', *QUICK, '--train', '--train-batch', '2']
+        assert main([*arguments, '--train-size', '64', *files]) == 0
+    return folder
+
+
+def result(**changes: object) -> Result:
+    known = Result(
+        *(VARIANT, 'inference', 1, 32, 32, 'default'),
+        **dict(seconds=0.3, first_quartile=0.2, third_quartile=0.4, rounds=3, speedup=2.0, over_static=3.0),
+        **dict(peak_memory=10, difference=1e-6, bound=0.15, over_bound=2.0, mixing_flops=1.0, mixing_bytes=1.0),
+        **dict(preparation=0.1, machine=MACHINE, command='kw-timm bench x'),
+    )
+    return replace(known, **changes)
+
+
+def test_every_mode_of_every_configuration_is_measured(measured):
+    results = read_csv(measured / 'r.csv')
+    found = {(r.task, r.batch, r.height): [] for r in results}
+    for r in results:
+        found[r.task, r.batch, r.height].append(r.mode)
+    modes = ['static', 'straightforward', 'default', 'optimized']
+    assert found == {('inference', 1, 32): modes, ('inference', 2, 32): modes, ('training step', 2, 64): modes[:3]}
+    for r in results:
+        assert 0 < r.first_quartile <= r.seconds <= r.third_quartile
+        assert r.peak_memory > 0
+        assert r.machine == MACHINE
+        assert r.command.startswith(f'kw-timm bench {VARIANT} --batch 1 2 --size 32')
+        if r.mode != 'static':
+            assert r.difference <= (0.05 if r.task == 'training step' else 1e-3)
+
+
+def test_ratios_and_bound_are_those_of_the_run(measured):
+    for batch in (1, 2):
+        own = {r.mode: r for r in read_csv(measured / 'r.csv') if (r.task, r.batch) == ('inference', batch)}
+        for mode, r in own.items():
+            assert r.speedup == pytest.approx(own['straightforward'].seconds / r.seconds)
+            assert r.over_static == pytest.approx(r.seconds / own['static'].seconds)
+            mixing = max(r.mixing_flops / MACHINE.gemm, r.mixing_bytes / MACHINE.bandwidth)
+            assert r.bound == pytest.approx(own['static'].seconds + mixing)
+            assert mode == 'static' or r.over_bound == pytest.approx(r.seconds / r.bound)
+
+
+def test_readme_and_plot(measured):
+    text = (measured / 'README.md').read_text()
+    assert text.startswith('before\n')
+    assert text.endswith(f'{END}\nafter\n')
+    assert 'old' not in text
+    for part in (
+        f'    kw-timm bench {VARIANT} --batch 1 2',
+        f'torch {torch.__version__}',
+        '20.0 GB/s',
+        '| optimized |',
+    ):
+        assert part in text
+    assert (measured / 'r.png').read_bytes().startswith(b'\x89PNG')
+    assert sorted(path.name for path in measured.iterdir()) == ['README.md', 'r.csv', 'r.png']
+
+
+def test_earlier_results_are_shown_without_measuring(measured, tmp_path, capsys):
+    other = tmp_path / 'other.csv'
+    session.write_csv(other, [result(task='backbone')])
+    readme = tmp_path / 'notes.md'
+    readme.write_text(f'{BEGIN}\n{END}\n')
+    files = ['--plot', str(tmp_path / 'all.svg'), '--readme', str(readme), '--csv', str(tmp_path / 'all.csv')]
+    assert main(['bench', '--from-csv', str(measured / 'r.csv'), str(other), *files]) == 0
+    out = capsys.readouterr().out
+    assert f'{VARIANT}, training step, batch 2, 64 x 64' in out
+    assert f'{VARIANT}, backbone, batch 1, 32 x 32' in out
+    assert '    kw-timm bench x\n    kw-timm bench --from-csv' in readme.read_text()
+    assert read_csv(tmp_path / 'all.csv') == [*read_csv(measured / 'r.csv'), result(task='backbone')]
+    assert '<svg' in (tmp_path / 'all.svg').read_text()
+
+
+def test_features_of_both_networks_have_the_same_shapes(capsys):
+    assert main(['bench', VARIANT, *QUICK, '--features-only', '--modes', 'static', 'default']) == 0
+    assert f'{VARIANT}, features, batch 1, 32 x 32' in capsys.readouterr().out
+
+
+def test_static_counterparts():
+    for variant in timm.list_models('kw*'):
+        assert timm.is_model(static_name(variant))
+
+
+def test_networks_are_lively():
+    kw, _ = make_networks('kw1x_mobilenetv2_050', False, False, CPU, torch.float32)
+    with torch.no_grad():
+        outputs = kw(drawn_images(3, (64, 64)))
+    assert outputs.isfinite().all()
+    assert outputs.std(0).mean() > 1e-3
+
+
+def test_bound():
+    assert bound(1.0, flops=6e9, moved=1e9, gemm=2e9, bandwidth=1e9) == 4.0
+    assert bound(1.0, flops=2e9, moved=5e9, gemm=2e9, bandwidth=1e9) == 6.0
+
+
+def test_peak_memory_of_a_known_pattern():
+    def call() -> list[torch.Tensor]:
+        a = torch.empty(1 * MB, dtype=torch.uint8)
+        b = torch.empty(2 * MB, dtype=torch.uint8)
+        del a
+        c = torch.empty(4 * MB, dtype=torch.uint8)  # 6 MB: the peak
+        del b
+        return [c, torch.empty(1 * MB, dtype=torch.uint8)]
+
+    assert peak_memory(call, CPU) == pytest.approx(6 * MB, abs=1024)
+    # Results of an earlier call may be released during the next; that is not memory gained.
+    kept: list[list[torch.Tensor]] = []
+
+    def keep() -> list[torch.Tensor]:
+        kept[:] = [call()]
+        return kept[0]
+
+    assert peak_memory(keep, CPU) >= 6 * MB
+
+
+def test_peak_memory_of_training_leaves_gradients_out():
+    linear = torch.nn.Linear(512, 1024, bias=False)  # 2 MB of weights
+    x = torch.ones(1, 512)
+    case = training_case('x', 'x', linear, None, 1, (1, 1), ['default'], lambda net: net(x).sum())
+    prepared = case.modes['default']()
+    held = peak_memory(prepared.memory_call, CPU)
+    # One gradient on its way to where it is added, and the small rest.
+    assert held == pytest.approx(2 * MB, rel=0.05)
+    assert len(prepared.call()) == 2
+
+
+def test_alternation_gives_every_mode_its_turn():
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name) or []) for name in 'abc'}
+    timings = alternate(calls, CPU, rounds=3)
+    assert order == list('abc' + 'bca' + 'cab')
+    assert {name: timing.rounds for name, timing in timings.items()} == dict.fromkeys('abc', 3)
+    assert alternate(calls, CPU, rounds=1, min_time=0.01)['a'].rounds > 1
+    assert Timing.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Timing(3.0, (2.0, 4.0), 5)
+
+
+def test_relative_difference():
+    ones, large = torch.ones(2), torch.tensor([100.0, 0.0])
+    assert relative_difference([ones, large + 1], [ones, large]) == pytest.approx(0.01)
+    assert relative_difference([ones * 2, large], [ones, large]) == pytest.approx(1.0)
+    assert relative_difference([ones * 2, large], [ones, large], jointly=True) == pytest.approx(0.01)
+    with pytest.raises(ValueError, match='shapes'):
+        relative_difference([ones], [torch.ones(3)])
+
+
+def test_limits_of_this_machine():
+    assert gemm_speed(CPU, torch.float32) > 1e8
+    assert read_bandwidth(CPU, 2**24) > 1e8
+
+
+def test_sizes():
+    assert image_size(['224']) == (224, 224)
+    assert image_size(['800x1333']) == image_size(['800', '1333']) == (800, 1333)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['kw4x_resnet5'], 'no KW network .*Did you mean kw4x_resnet50'),
+        (['zzz'], 'There are: kw'),
+        ([], 'at least one variant'),
+        ([VARIANT, '--from-csv', 'x.csv'], 'not both'),
+        ([VARIANT, '--size', '0'], 'not a size in pixels'),
+        ([VARIANT, '--size', '1x2x3'], 'not a size in pixels'),
+        ([VARIANT, '--train', '--train-batch', '1'], 'needs 2 images'),
+        ([VARIANT, '--device', 'cuda:99'], r'--device cuda:99: .* sees \d+ GPUs'),
+        ([VARIANT, '--device', 'abacus'], "expected 'cpu', 'cuda'"),
+        ([VARIANT, '--csv', 'no/such/r.csv'], 'no folder'),
+        ([VARIANT, '--plot', 'r.txt'], r"'r.txt' must end in one of: .*\.png"),
+        ([VARIANT, '--readme', 'unmarked.md'], "'unmarked.md': .*no line '<!-- benchmark"),
+        ([VARIANT, '--readme', 'missing.md'], "'missing.md' cannot be read"),
+        (['--from-csv', 'missing.csv'], "'missing.csv' cannot be read"),
+        (['--from-csv', 'unmarked.md'], 'not a result file.*has no column'),
+    ],
+)
+def test_what_the_user_can_set_right(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path('unmarked.md').write_text('nothing here\n')
+    assert main(['bench', *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('kw-timm: error: ')
+    assert error.count('\n') == 1
+    assert re.search(message, error)
+
+
+@pytest.mark.parametrize('option', ['--batch=0', '--batch=x', '--repeats=-1', '--min-time=-1', '--modes=fast'])
+def test_numbers_that_argparse_refuses(option, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(['bench', VARIANT, option])
+    assert stopped.value.code == 2
+    assert option.partition('=')[0] in capsys.readouterr().err
+
+
+def tiny_case(name: str, forward: Callable[[torch.nn.Module], torch.Tensor]) -> Case:
+    network = torch.nn.Identity()
+    return inference_case(name, 'inference', network, network, 1, (1, 1), ['static', 'default'], forward)
+
+
+def test_interruption_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('kw_timm.benchmark.run.mixing_work', lambda network, batch: WORK)
+
+    def cases():
+        yield tiny_case('first', lambda net: torch.ones(1))
+        raise KeyboardInterrupt
+
+    file = tmp_path / 'r.csv'
+    settings = Settings(CPU, torch.float32, rounds=1)
+    assert run_all(cases(), 2, settings, Outputs(csv=file), 'command') == 130
+    assert [(r.variant, r.mode) for r in read_csv(file)] == [('first', 'static'), ('first', 'default')]
+    assert f"what was measured is in '{file}'" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_mode_that_cannot_be_measured_is_left_out(monkeypatch):
+    monkeypatch.setattr('kw_timm.benchmark.run.mixing_work', lambda network, batch: WORK)
+    said: list[str] = []
+    case = tiny_case('x', lambda net: torch.ones(1))
+
+    def too_large():
+        raise torch.OutOfMemoryError('out of memory')
+
+    prepared = case.modes['default']()
+    endless = replace(prepared, check_call=lambda: [torch.tensor([float('inf')])])
+    wrong = replace(prepared, check_call=lambda: [torch.zeros(1)])
+    modes = {'static': too_large, 'default': lambda: endless, 'optimized': lambda: wrong}
+    results, complete = run_case(replace(case, modes=modes), Settings(CPU, torch.float32, 1), MACHINE, say=said.append)
+    assert [r.mode for r in results] == ['optimized']
+    assert results[0].difference == 1
+    assert results[0].bound is None
+    assert not complete
+    assert [text.partition(', batch 1, 1 x 1: ')[2][:28] for text in said] == [
+        'static is left out: out of m',
+        'default is left out: its res',
+        'warning: optimized differs f',
+    ]
+
+
+def test_other_errors_are_not_hidden():
+    def broken(net):
+        raise RuntimeError('a bug')
+
+    with pytest.raises(RuntimeError, match='a bug'):
+        run_case(tiny_case('x', broken), Settings(CPU, torch.float32, 1), MACHINE)
+
+
+def test_module_runs_and_importing_the_package_stays_light():
+    code = 'import sys, kw_timm; assert not {"matplotlib", "kw_timm.benchmark"} & set(sys.modules)'
+    subprocess.run([sys.executable, '-c', code], check=True)
+    shown = subprocess.run([sys.executable, '-m', 'kw_timm', 'bench', '--help'], capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert '--memory-budget' in shown.stdout
