@@ -138,8 +138,8 @@ static PyObject *mix(PyObject *module, PyObject *args)
     Py_BEGIN_ALLOW_THREADS
     (void)parallel;
 #pragma omp parallel for schedule(static) if (parallel)
-    for (Py_ssize_t w = 0; w < work; w++)
-        mix_columns(&task, w / chunks, w % chunks * CHUNK);
+    for (Py_ssize_t w = 0; w < work; w++) /* Groups change fastest: their results may lie between one another's. */
+        mix_columns(&task, w % task.groups, w / task.groups * CHUNK);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }

@@ -5,6 +5,7 @@ less than keeping them. Exported, traced and compiled training graphs take the s
 batch.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -130,8 +131,8 @@ def _chunks(x: torch.Tensor, kernel_bytes: int, limit: int) -> Iterator[slice]:
         yield slice(batch * i // count, batch * (i + 1) // count)
 
 
-def _kernel_bytes(coefficients: torch.Tensor, cells: torch.Tensor) -> int:
-    return coefficients.shape[1] * cells[0].numel() * coefficients.element_size()
+def _kernel_bytes(x: torch.Tensor, coefficients: torch.Tensor, cells: torch.Tensor) -> int:
+    return coefficients.shape[1] * math.prod(cells.shape[-x.dim() :]) * coefficients.element_size()
 
 
 def convolve_in_chunks(
@@ -157,7 +158,7 @@ def convolve_in_chunks(
     Returns:
         ``(B, O, *spatial')``.
     """
-    chunks = list(_chunks(x, _kernel_bytes(coefficients, cells), _CHUNK_BYTES))
+    chunks = list(_chunks(x, _kernel_bytes(x, coefficients, cells), _CHUNK_BYTES))
     if len(chunks) == 1:
         return _add_bias(convolve(x, mix_cells(coefficients, cells, grid, kernel_size), conv), bias)
     y = None
@@ -197,7 +198,7 @@ class _KernelWarehouseConv(torch.autograd.Function):
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
         grad_coefficients = torch.empty_like(coefficients) if need_coefficients else None
         grad_cells = empty_buffer(cells.shape, cells) if need_cells else None
-        for chunk in _chunks(x, _kernel_bytes(coefficients, cells), _BACKWARD_CHUNK_BYTES):
+        for chunk in _chunks(x, _kernel_bytes(x, coefficients, cells), _BACKWARD_CHUNK_BYTES):
             kernels = kept[0][chunk] if kept else mix_cells(coefficients[chunk], cells, grid, kernel_size)
             grad_input, grad_kernels = convolve_backward(
                 grad[chunk], x[chunk], kernels, conv, need_x, need_coefficients or need_cells
