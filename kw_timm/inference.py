@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .folding import norms_behind
 from .layers import KWLayer, Warehouse
 from .layers.optimized import CellStore, MixingWork, OptimizedKWLayer, bases_bytes
 
@@ -27,6 +28,7 @@ class OptimizationReport:
         cells_bytes: Bytes of the cells that are still needed.
         from_bases: Layers whose kernels are made from bases.
         from_cells: Layers whose kernels are made from cells.
+        folded_norms: Norms that were multiplied into the layer before them.
         work: Cost of making the kernels of a batch.
         work_before: What it cost before.
         storage: How cells and bases are stored.
@@ -40,6 +42,7 @@ class OptimizationReport:
     cells_bytes: int = 0
     from_bases: list[str] = field(default_factory=list)
     from_cells: list[str] = field(default_factory=list)
+    folded_norms: list[str] = field(default_factory=list)
     work: MixingWork = field(default_factory=lambda: MixingWork(0, 0))
     work_before: MixingWork = field(default_factory=lambda: MixingWork(0, 0))
     storage: torch.dtype | None = None
@@ -49,7 +52,8 @@ class OptimizationReport:
         lines = [
             f'{len(self.from_bases) + len(self.from_cells)} KW layers for batches of {self.batch_size}: '
             f'{len(self.from_bases)} from precomputed bases ({_gigabytes(self.bases_bytes)} of at most '
-            f'{_gigabytes(self.memory_budget)}), {len(self.from_cells)} from cells ({_gigabytes(self.cells_bytes)})',
+            f'{_gigabytes(self.memory_budget)}), {len(self.from_cells)} from cells ({_gigabytes(self.cells_bytes)}); '
+            f'{len(self.folded_norms)} norms folded',
             f'kernels of a batch: {self.work.flops / 1e9:.2f} GFLOP instead of {self.work_before.flops / 1e9:.2f}, '
             f'{_gigabytes(self.work.bytes)} read instead of {_gigabytes(self.work_before.bytes)}',
         ]
@@ -67,7 +71,8 @@ def optimize_for_inference(
 ) -> nn.Module:
     """Return a copy of a network that computes the same faster, for inference only.
 
-    The attention of every KW layer becomes two matrices (its BatchNorm and a non-local basis multiplied in). Layers for
+    The attention of every KW layer becomes two matrices (its BatchNorm and a non-local basis multiplied in), and a
+    BatchNorm behind a KW layer of a timm block becomes part of the layer. Layers for
     which it pays at this batch size get *bases*: the product of the second matrix with the cells, of which fewer have
     to be read and mixed per image. Outputs are those of the network in eval mode, up to rounding.
 
@@ -207,6 +212,7 @@ def _build(
     stores: dict[int, CellStore] = {}
     names = {id(module): name for name, module in model.named_modules() if isinstance(module, Warehouse)}
     made: dict[str, nn.Module] = {}
+    norms = norms_behind(model, layers)
     for name, layer in layers.items():
         warehouse = layer.__dict__['warehouse']
         if name not in planned and id(warehouse) not in stores:
@@ -216,8 +222,14 @@ def _build(
             report.storage_error = max(report.storage_error, store.error)
     for name, layer in layers.items():
         store_or_none = stores.get(id(layer.__dict__['warehouse']))
-        new = OptimizedKWLayer(layer, store_or_none, name in planned, report.storage)
+        norm = norms.get(name)
+        new = OptimizedKWLayer(
+            layer, store_or_none, name in planned, norm.module if norm is not None else None, report.storage
+        )
         made[name] = new
+        if norm is not None:
+            made[norm.name] = norm.rest
+            report.folded_norms.append(norm.name)
         report.bases_bytes += 0 if new.bases is None else new.bases.nbytes
         report.storage_error = max(report.storage_error, new.error)
         (report.from_bases if name in planned else report.from_cells).append(name)

@@ -17,7 +17,8 @@
     REAL *restrict s##row = sums + (r + row) * CHUNK;                                                                \
     REAL a##row[STEP];                                                                                               \
     for (int k = 0; k < STEP; k++)                                                                                   \
-        a##row[k] = coefficients[(r + row) * row_stride + j + k];
+        a##row[k] = k < left ? coefficients[(r + row) * row_stride + j + k] : 0;
+#define CELL_AT(k) (cells + (j + (k < left ? k : left - 1)) * cell_stride)
 #define CELLS                                                                                                        \
     const REAL x0 = LOAD(e0[c]), x1 = LOAD(e1[c]), x2 = LOAD(e2[c]), x3 = LOAD(e3[c]), x4 = LOAD(e4[c]),             \
                x5 = LOAD(e5[c]), x6 = LOAD(e6[c]), x7 = LOAD(e7[c]);
@@ -28,14 +29,14 @@ static void MIX_CHUNK(REAL *restrict sums, const REAL *restrict coefficients, pt
                       ptrdiff_t width)
 {
     memset(sums, 0, rows * CHUNK * sizeof(REAL));
-    ptrdiff_t j = 0;
-    for (; j + STEP <= num_cells; j += STEP) {
-        const CELL *restrict e0 = cells + j * cell_stride, *restrict e1 = e0 + cell_stride,
-                   *restrict e2 = e1 + cell_stride, *restrict e3 = e2 + cell_stride, *restrict e4 = e3 + cell_stride,
-                   *restrict e5 = e4 + cell_stride, *restrict e6 = e5 + cell_stride, *restrict e7 = e6 + cell_stride;
-        for (ptrdiff_t next = j + STEP; next < num_cells && next < j + 2 * STEP; next++)
+    for (ptrdiff_t j = 0; j < num_cells; j += STEP) {
+        const ptrdiff_t left = num_cells - j; /* With fewer than eight left, the last one stands in, times zero. */
+        const CELL *restrict e0 = CELL_AT(0), *restrict e1 = CELL_AT(1), *restrict e2 = CELL_AT(2),
+                   *restrict e3 = CELL_AT(3), *restrict e4 = CELL_AT(4), *restrict e5 = CELL_AT(5),
+                   *restrict e6 = CELL_AT(6), *restrict e7 = CELL_AT(7);
+        for (ptrdiff_t k = STEP; k < left && k < 2 * STEP; k++)
             for (ptrdiff_t c = 0; c < width; c += 64 / sizeof(CELL))
-                PREFETCH(cells + next * cell_stride + c);
+                PREFETCH(cells + (j + k) * cell_stride + c);
         ptrdiff_t r = 0;
         for (; r + 4 <= rows; r += 4) {
             ROW(0) ROW(1) ROW(2) ROW(3)
@@ -55,17 +56,12 @@ static void MIX_CHUNK(REAL *restrict sums, const REAL *restrict coefficients, pt
             }
         }
     }
-    for (; j < num_cells; j++)
-        for (ptrdiff_t r = 0; r < rows; r++) {
-            const REAL a = coefficients[r * row_stride + j];
-            for (ptrdiff_t c = 0; c < width; c++)
-                sums[r * CHUNK + c] += a * LOAD(cells[j * cell_stride + c]);
-        }
 }
 
 #undef TERM
 #undef SUM
 #undef ROW
+#undef CELL_AT
 #undef CELLS
 #undef REAL
 #undef CELL

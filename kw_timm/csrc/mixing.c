@@ -6,13 +6,16 @@
  *
  *     out[g, r](o, i) = sum over j of coefficients[g, r, j] * cells[g, j, o, i]
  *
- * is stored at out + offsets[g, r] + o * out_stride + i * in_stride (in elements). Source of the method: arXiv
+ * is stored at out + offsets[g, r] + o * out_stride + i * in_stride (in elements), times the factor of the output
+ * channel if there are factors. Source of the method: arXiv
  * 2406.07879, section 3.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -66,28 +69,39 @@ static inline float widen_bfloat16(uint16_t value)
 #define MIX_CHUNK mix_chunk_int8
 #include "mix_chunk.h"
 
+#include "attention.h"
+
 typedef struct {
     char *out;
-    const char *coefficients, *cells;
+    const char *coefficients, *cells, *factors; /* factors: per output channel, or NULL */
     const int64_t *offsets;
     Py_ssize_t groups, rows, num_cells, length, width; /* a cell has `length` elements, in lines of `width` */
-    Py_ssize_t coefficient_group, coefficient_row, cell_group, cell_stride, out_stride, in_stride;
+    Py_ssize_t coefficient_group, coefficient_row, cell_group, cell_stride, out_stride, in_stride, channels;
     int code;
 } Task;
 
-/* Store one row of sums, the columns [start, start + width), line by line. */
+/* Store some rows of sums, whose elements alternate in the result, the columns [start, start + width) line by line. */
 #define STORE(NAME, REAL)                                                                                            \
-    static void NAME(const Task *task, const REAL *sums, int64_t offset, Py_ssize_t start, Py_ssize_t width)         \
+    static void NAME(const Task *task, REAL *sums, Py_ssize_t rows, int64_t offset, Py_ssize_t start,          \
+                     Py_ssize_t width)                                                                               \
     {                                                                                                                \
         for (Py_ssize_t c = 0, length; c < width; c += length) {                                                     \
             const Py_ssize_t line = (start + c) / task->width, i = (start + c) % task->width;                        \
             REAL *to = (REAL *)task->out + offset + line * task->out_stride + i * task->in_stride;                   \
             length = task->width - i < width - c ? task->width - i : width - c;                                      \
+            const REAL *factors = (const REAL *)task->factors;                                                       \
+            if (factors) {                                                                                           \
+                const REAL factor = factors[offset / task->out_stride % task->channels + line];                      \
+                for (Py_ssize_t row = 0; row < rows; row++)                                                          \
+                    for (Py_ssize_t k = 0; k < length; k++)                                                          \
+                        sums[row * CHUNK + c + k] *= factor;                                                         \
+            }                                                                                                        \
             if (task->in_stride == 1)                                                                                \
                 memcpy(to, sums + c, length * sizeof(REAL));                                                         \
             else                                                                                                     \
                 for (Py_ssize_t k = 0; k < length; k++)                                                              \
-                    to[k * task->in_stride] = sums[c + k];                                                           \
+                    for (Py_ssize_t row = 0; row < rows; row++)                                                      \
+                        to[k * task->in_stride + row] = sums[row * CHUNK + c + k];                                   \
         }                                                                                                            \
     }
 STORE(store_float32, float)
@@ -96,8 +110,12 @@ STORE(store_float64, double)
 #define MIX(CHUNK_OF, STORE_OF, REAL, CELL)                                                                          \
     CHUNK_OF((REAL *)sums, (const REAL *)task->coefficients + a, task->coefficient_row,                              \
              (const CELL *)task->cells + e, task->cell_stride, rows, task->num_cells, width);                        \
-    for (Py_ssize_t row = 0; row < rows; row++)                                                                      \
-        STORE_OF(task, (REAL *)sums + row * CHUNK, offsets[row], start, width);
+    for (Py_ssize_t row = 0, count; row < rows; row += count) {                                                      \
+        for (count = 1; count < task->in_stride && row + count < rows; count++)                                      \
+            if (offsets[row + count] != offsets[row] + count)                                                        \
+                break;                                                                                               \
+        STORE_OF(task, (REAL *)sums + row * CHUNK, count, offsets[row], start, width);                               \
+    }
 
 /* The columns [start, start + CHUNK) of one group's cells, for all rows. */
 static void mix_columns(const Task *task, Py_ssize_t group, Py_ssize_t start)
@@ -121,16 +139,17 @@ static void mix_columns(const Task *task, Py_ssize_t group, Py_ssize_t start)
 static PyObject *mix(PyObject *module, PyObject *args)
 {
     Task task;
-    Py_ssize_t out, coefficients, cells, offsets;
+    Py_ssize_t out, coefficients, cells, factors, offsets;
     (void)module;
-    if (!PyArg_ParseTuple(args, "nnnninnnnnnnnnnn", &out, &coefficients, &cells, &offsets, &task.code, &task.groups,
-                          &task.rows, &task.num_cells, &task.length, &task.width, &task.coefficient_group,
+    if (!PyArg_ParseTuple(args, "nnnnninnnnnnnnnnnn", &out, &coefficients, &cells, &factors, &offsets, &task.code,
+                          &task.groups, &task.rows, &task.num_cells, &task.length, &task.width, &task.coefficient_group,
                           &task.coefficient_row, &task.cell_group, &task.cell_stride, &task.out_stride,
-                          &task.in_stride))
+                          &task.in_stride, &task.channels))
         return NULL;
     task.out = (char *)out;
     task.coefficients = (const char *)coefficients;
     task.cells = (const char *)cells;
+    task.factors = (const char *)factors;
     task.offsets = (const int64_t *)offsets;
     const Py_ssize_t chunks = (task.length + CHUNK - 1) / CHUNK, work = task.groups * chunks;
     /* Waking threads costs as much as some 100,000 multiply-adds. */
@@ -160,9 +179,13 @@ static PyObject *use_huge_pages(PyObject *module, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"mix", mix, METH_VARARGS,
-     "mix(out, coefficients, cells, offsets, code, groups, rows, num_cells, length, width, coefficient_group, "
-     "coefficient_row, cell_group, cell_stride, out_stride, in_stride): addresses, then sizes and strides in "
+     "mix(out, coefficients, cells, factors, offsets, code, groups, rows, num_cells, length, width, coefficient_group, "
+     "coefficient_row, cell_group, cell_stride, out_stride, in_stride, channels): addresses, then sizes and strides in "
      "elements. Called by kw_timm.layers.mixing alone, which checks them."},
+    {"attend", attend, METH_VARARGS,
+     "attend(x, first, first_bias, norm_weight, norm_bias, second, second_bias, work, out, batch, channels, pixels, "
+     "width, mixtures, logits, epsilon, bases): addresses (work: batch * (channels + width) elements), then sizes. "
+     "Called by kw_timm.layers.folded_attention alone, which checks them."},
     {"use_huge_pages", use_huge_pages, METH_VARARGS,
      "use_huge_pages(address, size): have the system back memory that was not yet written by large pages."},
     {NULL, NULL, 0, NULL}};

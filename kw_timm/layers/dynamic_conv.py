@@ -143,6 +143,7 @@ def convolve_in_chunks(
     grid: Grid,
     kernel_size: tuple[int, ...],
     conv: Convolution,
+    factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Make the kernels of some samples at a time and convolve. Not differentiable.
 
@@ -154,25 +155,22 @@ def convolve_in_chunks(
         grid: Grid of the mixtures.
         kernel_size: Window of the kernel.
         conv: The other arguments of the convolution.
+        factors: ``(O,)``, what to multiply the kernels' output channels by, or None.
 
     Returns:
         ``(B, O, *spatial')``.
     """
     chunks = list(_chunks(x, _kernel_bytes(x, coefficients, cells), _CHUNK_BYTES))
     if len(chunks) == 1:
-        return _add_bias(convolve(x, mix_cells(coefficients, cells, grid, kernel_size), conv), bias)
+        return convolve(x, mix_cells(coefficients, cells, grid, kernel_size, factors), conv, bias)
     y = None
     for chunk in chunks:
-        kernels = mix_cells(coefficients[chunk], cells, grid, kernel_size)
+        kernels = mix_cells(coefficients[chunk], cells, grid, kernel_size, factors)
         if y is None:
             y = x.new_empty(x.shape[0], kernels.shape[1], *conv.output_size(x, kernels))
-        convolve(x[chunk], kernels, conv, out=y[chunk])
+        convolve(x[chunk], kernels, conv, bias, out=y[chunk])
     assert y is not None
-    return _add_bias(y, bias)
-
-
-def _add_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return y if bias is None else y.add_(bias.view(-1, *(1,) * (y.dim() - 2)))
+    return y
 
 
 class _KernelWarehouseConv(torch.autograd.Function):
@@ -187,7 +185,7 @@ class _KernelWarehouseConv(torch.autograd.Function):
                 return convolve_in_chunks(x, coefficients, cells, bias, grid, kernel_size, conv)
             kernels = mix_cells(coefficients, cells, grid, kernel_size)
             ctx.save_for_backward(x, coefficients, cells, kernels)
-            return _add_bias(convolve(x, kernels, conv), bias)
+            return convolve(x, kernels, conv, bias)
 
     @staticmethod
     @once_differentiable

@@ -19,7 +19,7 @@ try:
 except ImportError:  # No compiler where the package was installed.
     _mixing = None
 
-__all__ = ['compiled', 'empty_buffer', 'is_exporting', 'mix_cells']
+__all__ = ['compiled', 'compiled_module', 'empty_buffer', 'is_exporting', 'mix_cells']
 
 Grid = tuple[int, int, int]
 
@@ -38,7 +38,18 @@ def compiled() -> bool:
     return _mixing is not None
 
 
-def mix_cells(coefficients: torch.Tensor, cells: torch.Tensor, grid: Grid, kernel_size: Sequence[int]) -> torch.Tensor:
+def compiled_module() -> ModuleType | None:
+    """Return the compiled module."""
+    return _mixing
+
+
+def mix_cells(
+    coefficients: torch.Tensor,
+    cells: torch.Tensor,
+    grid: Grid,
+    kernel_size: Sequence[int],
+    factors: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Make every sample's kernel. Not differentiable.
 
     Args:
@@ -47,6 +58,7 @@ def mix_cells(coefficients: torch.Tensor, cells: torch.Tensor, grid: Grid, kerne
             May be stored in fewer bits than the coefficients, as bfloat16 or int8.
         grid: ``(spatial positions, output groups, input groups)`` of the ``m`` mixtures.
         kernel_size: Window of the kernel.
+        factors: ``(O,)``, what to multiply output channels by.
 
     Returns:
         Kernels of the type of the coefficients, ``(B, O, I / groups, *kernel_size)``, contiguous.
@@ -54,8 +66,8 @@ def mix_cells(coefficients: torch.Tensor, cells: torch.Tensor, grid: Grid, kerne
     if cells.dim() == 3 + len(kernel_size):
         cells = cells[None]
     if is_exporting() or torch.jit.is_tracing():
-        return _mix_with_matmul(coefficients, cells, grid, kernel_size)
-    return torch.ops.kw_timm.mix_cells(coefficients, cells, grid, kernel_size)
+        return _mix_with_matmul(coefficients, cells, grid, kernel_size, factors)
+    return torch.ops.kw_timm.mix_cells(coefficients, cells, grid, kernel_size, factors)
 
 
 def empty_buffer(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
@@ -71,23 +83,36 @@ def empty_buffer(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
 
 
 def _mix_with_matmul(
-    coefficients: torch.Tensor, cells: torch.Tensor, grid: Sequence[int], kernel_size: Sequence[int]
+    coefficients: torch.Tensor,
+    cells: torch.Tensor,
+    grid: Sequence[int],
+    kernel_size: Sequence[int],
+    factors: torch.Tensor | None,
 ) -> torch.Tensor:
     cells = cells.to(coefficients.dtype)
     if cells.shape[0] == 1:
         mixed = coefficients @ cells[0].flatten(1)
     else:
         mixed = torch.bmm(coefficients.transpose(0, 1), cells.flatten(2)).transpose(0, 1)
-    return arrange_kernels(mixed, cells.shape[2:], grid, kernel_size).contiguous()
+    kernels = arrange_kernels(mixed, cells.shape[2:], grid, kernel_size)
+    if factors is not None:
+        kernels = kernels * factors.view(-1, *(1,) * (kernels.dim() - 2))
+    return kernels.contiguous()
 
 
 def _mix_compiled(
-    coefficients: torch.Tensor, cells: torch.Tensor, grid: Sequence[int], kernel_size: Sequence[int]
+    coefficients: torch.Tensor,
+    cells: torch.Tensor,
+    grid: Sequence[int],
+    kernel_size: Sequence[int],
+    factors: torch.Tensor | None,
 ) -> torch.Tensor:
     code = _CODES.get(cells.dtype)
     mixes = torch.float64 if code == 1 else torch.float32
     if _mixing is None or code is None or coefficients.dtype != mixes:
-        return _mix_with_matmul(coefficients, cells, grid, kernel_size)
+        return _mix_with_matmul(coefficients, cells, grid, kernel_size, factors)
+    if factors is not None and factors.dtype != mixes:
+        raise ValueError(f'Expected factors of type {mixes}, as the coefficients, got {factors.dtype}.')
     coefficients, cells = _with_plain_rows(coefficients, 2), _with_plain_rows(cells, 2)
     (batch, mixtures, num_cells), groups = coefficients.shape, cells.shape[0]
     cell_shape = tuple(cells.shape[2:])
@@ -101,6 +126,7 @@ def _mix_compiled(
         kernels.data_ptr(),
         coefficients.data_ptr(),
         cells.data_ptr(),
+        0 if factors is None else factors.data_ptr(),
         offsets.data_ptr(),
         code,
         groups,
@@ -114,6 +140,7 @@ def _mix_compiled(
         cells.stride(1),
         line,
         positions,
+        kernels.shape[1],
     )
     return kernels
 
@@ -142,14 +169,20 @@ def _offsets(grid: Grid, cell_shape: tuple[int, ...], batch: int, by_mixture: bo
 
 
 _library = torch.library.Library('kw_timm', 'FRAGMENT')
-_library.define('mix_cells(Tensor coefficients, Tensor cells, int[] grid, int[] kernel_size) -> Tensor')
+_library.define(
+    'mix_cells(Tensor coefficients, Tensor cells, int[] grid, int[] kernel_size, Tensor? factors) -> Tensor'
+)
 _library.impl('mix_cells', _mix_compiled, 'CPU')
 _library.impl('mix_cells', _mix_with_matmul, 'CUDA')
 
 
 @torch.library.register_fake('kw_timm::mix_cells', lib=_library)
 def _mix_fake(
-    coefficients: torch.Tensor, cells: torch.Tensor, grid: Sequence[int], kernel_size: Sequence[int]
+    coefficients: torch.Tensor,
+    cells: torch.Tensor,
+    grid: Sequence[int],
+    kernel_size: Sequence[int],
+    factors: torch.Tensor | None,
 ) -> torch.Tensor:
     return coefficients.new_empty(
         coefficients.shape[0], grid[1] * cells.shape[2], grid[2] * cells.shape[3], *kernel_size

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .attention import KWAttention, pool
 from .dynamic_conv import as_convolution, convolve_in_chunks
+from .folded_attention import FoldedAttention
 from .functional import check_input, conv_per_sample
 from .kw_layers import KWLayer, KWLinear
 from .mixing import mix_cells
 
-__all__ = ['CellStore', 'MixingWork', 'OptimizedKWLayer', 'fold_attention', 'make_bases', 'store_cells']
+__all__ = ['CellStore', 'MixingWork', 'OptimizedKWLayer', 'bases_bytes', 'store_cells']
 
 # What a processor can compute while it reads one byte; only which contraction is chosen depends on it.
 _FLOPS_PER_BYTE = 6.0
@@ -104,55 +104,52 @@ def _relative_error(approximate: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 class OptimizedKWLayer(nn.Module):
-    """A KW layer with its attention folded into two matrices; made by :func:`kw_timm.optimize_for_inference`.
+    """A KW layer at fixed weights; made by :func:`kw_timm.optimize_for_inference`.
 
     Args:
         layer: The layer. It is copied, not kept.
-        store: The cells, referred to, not registered; or None if ``bases`` are all that is used.
+        store: The cells, referred to, not registered; or None if bases are all that is used.
         bases: Whether to make bases.
+        norm: A BatchNorm right behind the layer, to be folded into it.
         storage: How bases are stored.
 
     Shape:
         As of the layer.
     """
 
-    hidden_weight: torch.Tensor
-    hidden_bias: torch.Tensor
-    logit_weight: torch.Tensor
-    logit_bias: torch.Tensor
     bias: torch.Tensor | None
-    assignment: torch.Tensor | None
+    factors: torch.Tensor | None
     bases: torch.Tensor | None
     base_scales: torch.Tensor | None
 
+    @torch.no_grad()
     def __init__(
-        self, layer: KWLayer, store: CellStore | None, bases: bool, storage: torch.dtype | None = None
+        self,
+        layer: KWLayer,
+        store: CellStore | None,
+        bases: bool,
+        norm: nn.BatchNorm2d | None = None,
+        storage: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not bases and store is None:
             raise ValueError('The layer needs cells or bases.')
-        attention = layer.attention
         self.tokens = isinstance(layer, KWLinear)
         self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
         self.grid, self.kernel_size, self.groups = layer.grid, layer.kernel_size, layer.groups
         self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
-        self.num_mixtures, self.num_cells = attention.num_mixtures, attention.num_cells
-        self.num_bases = attention.fc2.in_features + 1
         self.cell_size = layer.__dict__['warehouse'].weight[0].numel()
-        self.temperature = attention.temperature
         self.__dict__['store'] = store
-        hidden_weight, hidden_bias, norm, logit_weight, logit_bias = fold_attention(attention)
-        self.register_buffer('hidden_weight', hidden_weight)
-        self.register_buffer('hidden_bias', hidden_bias)
-        self.norm = norm
-        self.register_buffer('logit_weight', logit_weight)
-        self.register_buffer('logit_bias', logit_bias)
-        self.register_buffer('bias', None if layer.bias is None else layer.bias.detach().clone())
-        assignment = attention.assignment[:, :-1].clone() if self.temperature else None
-        self.register_buffer('assignment', assignment, persistent=False)
-        made, scales, self.error = make_bases(layer, storage) if bases else (None, None, 0.0)
-        self.register_buffer('bases', made)
-        self.register_buffer('base_scales', scales)
+        self.attention = FoldedAttention(layer.attention)
+        factors, bias = _affine(norm, layer.bias)
+        self.register_buffer('factors', factors)
+        self.register_buffer('bias', bias)
+        made: tuple[torch.Tensor | None, torch.Tensor | None, float] = (None, None, 0.0)
+        if bases:
+            made = store_cells(_make_bases(layer, self.attention, factors), 2, storage)
+        self.register_buffer('bases', made[0])
+        self.register_buffer('base_scales', made[1])
+        self.error = made[2]
 
     def work(self, batch_size: int) -> MixingWork:
         """Return what the kernels of a batch cost by the contraction that is used for it."""
@@ -181,26 +178,14 @@ class OptimizedKWLayer(nn.Module):
 
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
         check_input(x, self.kernel_size, self.padding, self.dilation)
-        hidden = torch.addmm(self.hidden_bias, pool(x, self.in_channels), self.hidden_weight)
-        if self.norm is not None:
-            hidden = self.norm(hidden)
-        hidden = torch.relu(hidden)
-        logits = torch.addmm(self.logit_bias, hidden, self.logit_weight)
-        logits = logits.view(-1, self.num_mixtures, self.num_cells + 1)
-        norms = torch.linalg.vector_norm(logits, 1, -1, keepdim=True) + 1e-3
-        source, scales = self._source(self._uses_bases(x.shape[0]))
-        if source is self.bases:
-            coefficients = torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1)[:, None] / norms
-        else:
-            coefficients = (logits / norms)[..., :-1]
-            if self.assignment is not None:
-                coefficients = (1 - self.temperature) * coefficients + self.temperature * self.assignment
+        source, scales, factors = self._source(self._uses_bases(x.shape[0]))
+        coefficients = self.attention(x, bases=source is self.bases)
         if scales is not None:
             coefficients = coefficients * scales
         conv = as_convolution(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
         if conv is not None and x.shape[0] > 0:
-            return convolve_in_chunks(x, coefficients, source, self.bias, self.grid, self.kernel_size, conv)
-        kernels = mix_cells(coefficients, source, self.grid, self.kernel_size)
+            return convolve_in_chunks(x, coefficients, source, self.bias, self.grid, self.kernel_size, conv, factors)
+        kernels = mix_cells(coefficients, source, self.grid, self.kernel_size, factors)
         return conv_per_sample(x, kernels, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def _uses_bases(self, batch_size: int) -> bool:
@@ -208,65 +193,44 @@ class OptimizedKWLayer(nn.Module):
             return self.bases is not None
         return self._work(batch_size, True).cost <= self._work(batch_size, False).cost
 
-    def _source(self, bases: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _source(self, bases: bool) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return what is mixed, what its coefficients and the kernels' output channels are multiplied by."""
         if bases and self.bases is not None:
-            return self.bases, self.base_scales
+            return self.bases, self.base_scales, None
         store = self.__dict__['store']
-        return store.cells, store.scales
+        return store.cells, store.scales, self.factors
 
     def _work(self, batch_size: int, bases: bool) -> MixingWork:
-        source, _ = self._source(bases)
-        terms = self.num_bases if bases else self.num_cells
+        source = self._source(bases)[0]
+        terms = self.attention.num_bases if bases else self.attention.num_cells
         return MixingWork(
-            2.0 * batch_size * self.num_mixtures * terms * self.cell_size, source.numel() * source.element_size()
+            2.0 * batch_size * self.attention.num_mixtures * terms * self.cell_size,
+            source.numel() * source.element_size(),
         )
 
 
-@torch.no_grad()
-def fold_attention(
-    attention: KWAttention,
-) -> tuple[torch.Tensor, torch.Tensor, nn.Module | None, torch.Tensor, torch.Tensor]:
-    """Write an attention as two affine maps with a ReLU between them.
-
-    Args:
-        attention: The attention; the statistics of its BatchNorm are taken as they are.
-
-    Returns:
-        ``(C, hidden)`` and ``(hidden,)`` of the first map; the norm behind it, None where it could be folded;
-        ``(hidden, m * (n + 1))`` and ``(m * (n + 1),)`` of the second, a non-local basis multiplied out.
-    """
-    weight: torch.Tensor = attention.fc1.weight
-    bias: torch.Tensor = weight.new_zeros(len(weight)) if attention.fc1.bias is None else attention.fc1.bias
-    norm: nn.Module | None = attention.norm1
-    if isinstance(norm, nn.BatchNorm1d) and norm.running_mean is not None and norm.running_var is not None:
-        factor = torch.rsqrt(norm.running_var + norm.eps)
-        shift = -norm.running_mean * factor
-        if norm.weight is not None:
-            factor, shift = factor * norm.weight, shift * norm.weight + norm.bias
-        weight, bias, norm = weight * factor[:, None], bias * factor + shift, None
-    size = attention.fc2.in_features
-    points = torch.cat([weight.new_zeros(1, size), torch.eye(size, device=weight.device, dtype=weight.dtype)])
-    origin, *rows = attention.logits(points).flatten(1)
-    slopes = attention.fc2.weight.t() if not attention.nonlocal_basis else torch.stack(rows) - origin
-    return weight.t().contiguous(), bias.clone(), norm, slopes.contiguous(), origin.clone()
+def _affine(norm: nn.BatchNorm2d | None, bias: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return factors and bias of a layer's output channels, given a BatchNorm behind the layer."""
+    if norm is None:
+        return None, None if bias is None else bias.detach().clone()
+    assert norm.running_mean is not None and norm.running_var is not None
+    factors = torch.rsqrt(norm.running_var + norm.eps)
+    shift = -norm.running_mean * factors
+    if norm.weight is not None:
+        factors, shift = factors * norm.weight, shift * norm.weight + norm.bias
+    return factors, shift if bias is None else shift + bias * factors
 
 
-@torch.no_grad()
-def make_bases(layer: KWLayer, storage: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor | None, float]:
-    """Multiply a layer's second affine map with the cells.
-
-    Args:
-        layer: A KW layer.
-        storage: See :func:`store_cells`.
-
-    Returns:
-        Bases ``(m, hidden + 1, co, ci, *window)``; for int8 their scales ``(m, hidden + 1)``; their relative error.
-    """
-    *_, slopes, origin = fold_attention(layer.attention)
+def _make_bases(layer: KWLayer, attention: FoldedAttention, factors: torch.Tensor | None) -> torch.Tensor:
+    """Multiply a layer's second affine map with the cells: ``(m, hidden + 1, co, ci, *window)``."""
     cells = layer.__dict__['warehouse'].weight
-    maps = torch.cat([slopes, origin[None]]).unflatten(1, (-1, len(cells) + 1))[..., :-1].transpose(0, 1)
+    maps = attention.maps()
     bases = (maps.flatten(0, 1) @ cells.flatten(1)).view(*maps.shape[:2], *cells.shape[1:])
-    return store_cells(bases, 2, storage)
+    if factors is None:
+        return bases
+    positions, out_groups, in_groups = layer.grid
+    by_mixture = factors.view(1, out_groups, 1, -1).expand(positions, out_groups, in_groups, cells.shape[1])
+    return bases.mul_(by_mixture.reshape(len(maps), 1, -1, *(1,) * (cells.dim() - 2)))
 
 
 def bases_bytes(layer: KWLayer, storage: torch.dtype | None = None) -> int:

@@ -52,36 +52,42 @@ class Convolution:
 
 
 def convolve(
-    x: torch.Tensor, kernels: torch.Tensor, conv: Convolution, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    kernels: torch.Tensor,
+    conv: Convolution,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Convolve each sample with its own kernel. Not differentiable with ``out``.
+    """Convolve each sample with its own kernel. Not differentiable.
 
     Args:
         x: ``(B, C, *spatial)``.
         kernels: ``(B, O, C / groups, *k)``, contiguous.
         conv: The other arguments of the convolution.
+        bias: ``(O,)`` or None, the same for all samples.
         out: ``(B, O, *spatial')``, contiguous, to be overwritten; allocated where not given.
 
     Returns:
         ``(B, O, *spatial')``.
     """
+    if x.shape[0] == 1 and out is None and not conv.is_pointwise(kernels):
+        return _convolve_one(x, kernels[0], bias, conv)
     if conv.is_pointwise(kernels):
-        columns = _columns(x, conv)
         size = (x.shape[0], kernels.shape[1], *conv.output_size(x, kernels))
         flat = None if out is None else out.flatten(2)
-        y = torch.bmm(kernels.flatten(1).view(*kernels.shape[:2], -1), columns, out=flat)
-        return y.view(size) if out is None else out
-    if conv.prefers_loop(x):
-        one = CONV[x.dim() - 2]
-        if x.shape[0] == 1 and out is None:
-            return one(x, kernels[0], None, conv.stride, conv.padding, conv.dilation, conv.groups)
-        if out is None:
-            out = x.new_empty(x.shape[0], kernels.shape[1], *conv.output_size(x, kernels))
+        y = torch.bmm(kernels.flatten(2).squeeze(-1), _columns(x, conv), out=flat).view(size)
+    elif conv.prefers_loop(x):
+        y = x.new_empty(x.shape[0], kernels.shape[1], *conv.output_size(x, kernels)) if out is None else out
         for i in range(x.shape[0]):
-            out[i] = one(x[i : i + 1], kernels[i], None, conv.stride, conv.padding, conv.dilation, conv.groups)[0]
-        return out
-    y = conv_per_sample(x, kernels, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return y if out is None else out.copy_(y)
+            y[i] = _convolve_one(x[i : i + 1], kernels[i], None, conv)[0]
+    else:
+        y = conv_per_sample(x, kernels, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+        y = y if out is None else out.copy_(y)
+    return y if bias is None else y.add_(bias.view(-1, *(1,) * (y.dim() - 2)))
+
+
+def _convolve_one(x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None, conv: Convolution) -> torch.Tensor:
+    return CONV[x.dim() - 2](x, kernel, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def convolve_backward(
