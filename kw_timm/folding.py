@@ -1,6 +1,7 @@
 """Which BatchNorms lie right behind which convolutions in timm's blocks, so that inference can fold them."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -47,13 +48,14 @@ def norms_behind(model: nn.Module, layers: Iterable[str]) -> dict[str, NormBehin
         layers: Names of the convolutions.
 
     Returns:
-        For each layer that has one, its norm.
+        For each layer that has one, its norm. Norms and layers that the network holds in several places are left out.
     """
     found: dict[str, NormBehind] = {}
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for layer in layers:
         parent_name, _, child = layer.rpartition('.')
         parent = model.get_submodule(parent_name)
-        if isinstance(parent, nn.Sequential):
+        if type(parent) is nn.Sequential:
             names = list(parent._modules)
             following = names[names.index(child) + 1 : names.index(child) + 2]
             behind = following[0] if following else None
@@ -62,10 +64,12 @@ def norms_behind(model: nn.Module, layers: Iterable[str]) -> dict[str, NormBehin
         norm = None if behind is None else parent._modules.get(behind)
         if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
             continue
+        if uses[id(norm)] > 1 or uses[id(parent._modules[child])] > 1:
+            continue
         if type(norm) is nn.BatchNorm2d:
             rest: nn.Module = nn.Identity()
         elif type(norm) is BatchNormAct2d:
-            rest = nn.Sequential(copy.deepcopy(norm.drop), copy.deepcopy(norm.act))
+            rest = nn.Sequential(*copy.deepcopy([norm.get_submodule('drop'), norm.get_submodule('act')]))
         else:
             continue
         found[layer] = NormBehind(f'{parent_name}.{behind}' if parent_name else str(behind), norm, rest)

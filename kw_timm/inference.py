@@ -86,8 +86,8 @@ def optimize_for_inference(
             the report has the error of what is stored. For float32 networks.
 
     Returns:
-        The copy, in eval mode, with no parameter that requires a gradient. :func:`optimization_report` says what was
-        done.
+        The copy, in eval mode; it has no gradients. Hooks on KW layers and on folded norms are not copied.
+        :func:`optimization_report` says what was done.
 
     Raises:
         ValueError: If the network has no KW layer or was optimized before, or an argument is unusable.
@@ -215,6 +215,11 @@ def _build(
     norms = norms_behind(model, layers)
     for name, layer in layers.items():
         warehouse = layer.__dict__['warehouse']
+        if id(warehouse) not in names:
+            raise ValueError(
+                f"The layer '{name}' uses a warehouse that is not in this {type(model).__name__}. Pass the network "
+                f'that holds both.'
+            )
         if name not in planned and id(warehouse) not in stores:
             store = stores[id(warehouse)] = CellStore(warehouse.weight, report.storage)
             made[names[id(warehouse)]] = store

@@ -60,12 +60,12 @@ def test_compile_whole_networks_to_machine_code(name):
 @torch.no_grad()
 @pytest.mark.parametrize('name', RESNET_QUICKLY)
 def test_export_with_any_batch_size(name, tmp_path):
-    model = network(name)
-    program = torch.export.export(model, (images(2),), dynamic_shapes=({0: Dim('batch', min=1, max=64)},))
+    model = network(name).double()
+    program = torch.export.export(model, (images(2).double(),), dynamic_shapes=({0: Dim('batch', min=1, max=64)},))
     torch.export.save(program, tmp_path / 'network.pt2')
     exported = torch.export.load(tmp_path / 'network.pt2').module()
     for batch in (1, 2, 5):
-        x = images(batch)
+        x = images(batch).double()
         torch.testing.assert_close(exported(x), model(x))
 
 

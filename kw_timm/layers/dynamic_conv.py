@@ -14,7 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .functional import Padding, arrange_gradient, check_input, straightforward_conv
-from .mixing import Grid, empty_buffer, is_exporting, mix_cells
+from .mixing import Grid, empty_buffer, is_exporting, is_making_graph, mix_cells
 from .per_sample import Convolution, convolve, convolve_backward
 
 __all__ = ['as_convolution', 'convolve_in_chunks', 'kernel_warehouse_conv', 'straightforward']
@@ -81,8 +81,9 @@ def kernel_warehouse_conv(
         ValueError: If the input is not a batch, has no pixels or is smaller than the kernel.
     """
     check_input(x, kernel_size, padding, dilation)
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
         x, coefficients, cells = x.to(dtype), coefficients.to(dtype), cells.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     conv = as_convolution(kernel_size, stride, padding, dilation, groups)
@@ -124,7 +125,7 @@ def _must_be_straightforward(x: torch.Tensor, coefficients: torch.Tensor, cells:
 def _chunks(x: torch.Tensor, kernel_bytes: int, limit: int) -> Iterator[slice]:
     """Slices of the batch, of like sizes, whose kernels take at most ``limit`` bytes (or are one sample's)."""
     batch = x.shape[0]
-    in_parts = x.device.type == 'cpu' and not torch.compiler.is_compiling()
+    in_parts = x.device.type == 'cpu' and not is_making_graph()
     most = max(1, limit // kernel_bytes) if in_parts else batch
     count = -(-batch // most)
     for i in range(count):
@@ -190,11 +191,16 @@ class _KernelWarehouseConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
+        with torch.autocast(grad.device.type, enabled=False):
+            return _KernelWarehouseConv._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
         x, coefficients, cells, *kept = ctx.saved_tensors
         grid, kernel_size, conv = ctx.arguments
         need_x, need_coefficients, need_cells, need_bias = ctx.needs_input_grad[:4]
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
-        grad_coefficients = torch.empty_like(coefficients) if need_coefficients else None
+        grad_coefficients = coefficients.new_empty(coefficients.shape) if need_coefficients else None
         grad_cells = empty_buffer(cells.shape, cells) if need_cells else None
         for chunk in _chunks(x, _kernel_bytes(x, coefficients, cells), _BACKWARD_CHUNK_BYTES):
             kernels = kept[0][chunk] if kept else mix_cells(coefficients[chunk], cells, grid, kernel_size)

@@ -1,5 +1,7 @@
 """The attention of a KW layer for inference: two affine maps, all that lies between them folded."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -51,14 +53,14 @@ class FoldedAttention(nn.Module):
             if norm.weight is not None:
                 factor, shift = factor * norm.weight, shift * norm.weight + norm.bias
             weight, bias, norm = weight * factor[:, None], bias * factor + shift, None
-        self.norm = norm
-        self.register_buffer('hidden_weight', weight.t().contiguous())
+        self.norm = copy.deepcopy(norm)
+        self.register_buffer('hidden_weight', weight.t().clone(memory_format=torch.contiguous_format))
         self.register_buffer('hidden_bias', bias.clone())
         size = attention.fc2.in_features
         points = torch.cat([weight.new_zeros(1, size), torch.eye(size, device=weight.device, dtype=weight.dtype)])
         origin, *rows = attention.logits(points).flatten(1)
         slopes = torch.stack(rows) - origin if attention.nonlocal_basis else attention.fc2.weight.t()
-        self.register_buffer('logit_weight', slopes.contiguous().clone())
+        self.register_buffer('logit_weight', slopes.clone(memory_format=torch.contiguous_format))
         self.register_buffer('logit_bias', origin.clone())
         assignment = attention.assignment[:, :-1].clone() if self.temperature else None
         self.register_buffer('assignment', assignment, persistent=False)
@@ -75,8 +77,7 @@ class FoldedAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, bases: bool = False) -> torch.Tensor:
         """Return the coefficients of cells, or of bases."""
-        module = compiled_module()
-        if module is None or not self._fits(x):
+        if x.dim() < 3 or x.shape[1] != len(self.hidden_weight) or not self._fits(x):
             return self._with_torch(x, bases)
         coefficients = torch.ops.kw_timm.attend(
             x if x.is_contiguous() else pool(x, len(self.hidden_weight)),
@@ -95,7 +96,8 @@ class FoldedAttention(nn.Module):
     def _fits(self, x: torch.Tensor) -> bool:
         norm = self.norm
         return (
-            x.device.type == 'cpu'
+            compiled_module() is not None
+            and x.device.type == 'cpu'
             and x.dtype == self.hidden_weight.dtype == torch.float32
             and not (is_exporting() or torch.jit.is_tracing() or torch.is_autocast_enabled('cpu'))
             and (norm is None or (isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None))

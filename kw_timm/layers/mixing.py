@@ -19,12 +19,18 @@ try:
 except ImportError:  # No compiler where the package was installed.
     _mixing = None
 
-__all__ = ['compiled', 'compiled_module', 'empty_buffer', 'is_exporting', 'mix_cells']
+__all__ = ['compiled', 'compiled_module', 'empty_buffer', 'is_exporting', 'is_making_graph', 'mix_cells']
 
 Grid = tuple[int, int, int]
 
 # Before torch 2.7 exporting and compiling could not be told apart.
 is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+
+
+def is_making_graph() -> bool:
+    """Return whether what runs is being recorded, and should then serve any batch size."""
+    return bool(torch.compiler.is_compiling() or torch.jit.is_tracing())
+
 
 # The C library keeps smaller buffers for the next request.
 _LARGE = 16 * 2**20
@@ -113,8 +119,12 @@ def _mix_compiled(
         return _mix_with_matmul(coefficients, cells, grid, kernel_size, factors)
     if factors is not None and factors.dtype != mixes:
         raise ValueError(f'Expected factors of type {mixes}, as the coefficients, got {factors.dtype}.')
-    coefficients, cells = _with_plain_rows(coefficients, 2), _with_plain_rows(cells, 2)
+    cells, factors = _with_plain_rows(cells, 2), None if factors is None else factors.contiguous()
     (batch, mixtures, num_cells), groups = coefficients.shape, cells.shape[0]
+    coefficients = _with_plain_rows(coefficients, 2)
+    if groups == 1 and 1 not in (batch, mixtures) and coefficients.stride(0) != mixtures * coefficients.stride(1):
+        coefficients = coefficients.contiguous()
+    by_sample = groups > 1 or mixtures == 1
     cell_shape = tuple(cells.shape[2:])
     positions, out_groups, in_groups = grid
     window = math.prod(cell_shape[2:])
@@ -135,7 +145,7 @@ def _mix_compiled(
         math.prod(cell_shape),
         cell_shape[1] * window,
         coefficients.stride(1),  # from one group to the next
-        coefficients.stride(0) if groups > 1 else coefficients.stride(1),  # from one row to the next
+        coefficients.stride(0) if by_sample else coefficients.stride(1),  # from one row to the next
         cells.stride(0),
         cells.stride(1),
         line,

@@ -162,9 +162,15 @@ class OptimizedKWLayer(nn.Module):
                 'A network that was optimized for inference cannot be trained; call .eval(), or train the network '
                 'that it was made from and optimize again.'
             )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                'A network that was optimized for inference has no gradients, also not of its input; '
+                'take them from the network that it was made from.'
+            )
         if not self.tokens:
             return self._convolve(x)
-        y = self._convolve(x.reshape(x.shape[0], -1, self.in_channels).transpose(1, 2)).transpose(1, 2)
+        tokens = x[:, None] if x.dim() == 2 else x.flatten(1, -2)
+        y = self._convolve(tokens.transpose(1, 2)).transpose(1, 2)
         return y.reshape(x.shape[:-1] + (self.out_channels,))  # noqa: RUF005
 
     def extra_repr(self) -> str:
@@ -213,7 +219,8 @@ def _affine(norm: nn.BatchNorm2d | None, bias: torch.Tensor | None) -> tuple[tor
     """Return factors and bias of a layer's output channels, given a BatchNorm behind the layer."""
     if norm is None:
         return None, None if bias is None else bias.detach().clone()
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     factors = torch.rsqrt(norm.running_var + norm.eps)
     shift = -norm.running_mean * factors
     if norm.weight is not None:
@@ -237,4 +244,9 @@ def bases_bytes(layer: KWLayer, storage: torch.dtype | None = None) -> int:
     """Return the memory that a layer's bases would take."""
     cells = layer.__dict__['warehouse'].weight
     size = (storage or cells.dtype).itemsize
-    return layer.attention.num_mixtures * (layer.attention.fc2.in_features + 1) * math.prod(cells.shape[1:]) * size
+    return (
+        layer.attention.num_mixtures
+        * (layer.attention.fc2.in_features + 1)
+        * (math.prod(cells.shape[1:]) + _PADDING)
+        * size
+    )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .functional import CONV, conv_per_sample
+from .mixing import is_making_graph
 
 __all__ = ['Convolution', 'convolve', 'convolve_backward']
 
@@ -37,8 +38,8 @@ class Convolution:
 
     def prefers_loop(self, x: torch.Tensor) -> bool:
         """Return whether one call per sample beats one call for the batch."""
-        if torch.compiler.is_compiling():
-            return False  # A graph serves any batch size.
+        if is_making_graph():
+            return False
         return x.shape[0] == 1 or (x.device.type == 'cpu' and self.groups == 1)
 
     def output_size(self, x: torch.Tensor, kernels: torch.Tensor) -> tuple[int, ...]:
@@ -70,7 +71,7 @@ def convolve(
     Returns:
         ``(B, O, *spatial')``.
     """
-    if x.shape[0] == 1 and out is None and not conv.is_pointwise(kernels):
+    if x.shape[0] == 1 and out is None and not conv.is_pointwise(kernels) and not is_making_graph():
         return _convolve_one(x, kernels[0], bias, conv)
     if conv.is_pointwise(kernels):
         size = (x.shape[0], kernels.shape[1], *conv.output_size(x, kernels))
