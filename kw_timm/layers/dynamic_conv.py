@@ -161,8 +161,9 @@ def convolve_in_chunks(
     Returns:
         ``(B, O, *spatial')``.
     """
-    chunks = list(_chunks(x, _kernel_bytes(x, coefficients, cells), _CHUNK_BYTES))
-    if len(chunks) == 1:
+    one = x.shape[0] == 1
+    chunks = [] if one else list(_chunks(x, _kernel_bytes(x, coefficients, cells), _CHUNK_BYTES))
+    if len(chunks) < 2:
         return convolve(x, mix_cells(coefficients, cells, grid, kernel_size, factors), conv, bias)
     y = None
     for chunk in chunks:

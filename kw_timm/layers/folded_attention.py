@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .attention import KWAttention, pool
-from .mixing import compiled_module, is_exporting
+from .mixing import compiled_module, is_exporting, is_plain
 
 __all__ = ['FoldedAttention']
 
@@ -79,7 +79,8 @@ class FoldedAttention(nn.Module):
         """Return the coefficients of cells, or of bases."""
         if x.dim() < 3 or x.shape[1] != len(self.hidden_weight) or not self._fits(x):
             return self._with_torch(x, bases)
-        coefficients = torch.ops.kw_timm.attend(
+        attend = _attend if is_plain(x) else torch.ops.kw_timm.attend
+        coefficients = attend(
             x if x.is_contiguous() else pool(x, len(self.hidden_weight)),
             self.hidden_weight,
             self.hidden_bias,

@@ -19,7 +19,7 @@ try:
 except ImportError:  # No compiler where the package was installed.
     _mixing = None
 
-__all__ = ['compiled', 'compiled_module', 'empty_buffer', 'is_exporting', 'is_making_graph', 'mix_cells']
+__all__ = ['compiled', 'compiled_module', 'empty_buffer', 'is_exporting', 'is_making_graph', 'is_plain', 'mix_cells']
 
 Grid = tuple[int, int, int]
 
@@ -73,7 +73,14 @@ def mix_cells(
         cells = cells[None]
     if is_exporting() or torch.jit.is_tracing():
         return _mix_with_matmul(coefficients, cells, grid, kernel_size, factors)
+    if is_plain(coefficients):
+        return _mix_compiled(coefficients, cells, grid, kernel_size, factors)
     return torch.ops.kw_timm.mix_cells(coefficients, cells, grid, kernel_size, factors)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor can be computed on at once, which saves what torch takes to find that out."""
+    return type(tensor) is torch.Tensor and tensor.device.type == 'cpu' and not torch.compiler.is_compiling()
 
 
 def empty_buffer(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:

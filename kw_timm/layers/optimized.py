@@ -22,6 +22,7 @@ __all__ = ['CellStore', 'MixingWork', 'OptimizedKWLayer', 'bases_bytes', 'store_
 
 # What a processor can compute while it reads one byte; only which contraction is chosen depends on it.
 _FLOPS_PER_BYTE = 6.0
+_LARGEST_BATCH = 64  # beyond, what is cheaper no longer changes
 # Elements between cells: at distances of a power of two, cells contend for the same few lines of a cache.
 _PADDING = 16
 
@@ -139,6 +140,7 @@ class OptimizedKWLayer(nn.Module):
         self.grid, self.kernel_size, self.groups = layer.grid, layer.kernel_size, layer.groups
         self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
         self.cell_size = layer.__dict__['warehouse'].weight[0].numel()
+        self.convolution = as_convolution(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
         self.__dict__['store'] = store
         self.attention = FoldedAttention(layer.attention)
         factors, bias = _affine(norm, layer.bias)
@@ -150,6 +152,7 @@ class OptimizedKWLayer(nn.Module):
         self.register_buffer('bases', made[0])
         self.register_buffer('base_scales', made[1])
         self.error = made[2]
+        self.bases_from = self._first_batch_for_bases()
 
     def work(self, batch_size: int) -> MixingWork:
         """Return what the kernels of a batch cost by the contraction that is used for it."""
@@ -188,7 +191,7 @@ class OptimizedKWLayer(nn.Module):
         coefficients = self.attention(x, bases=source is self.bases)
         if scales is not None:
             coefficients = coefficients * scales
-        conv = as_convolution(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        conv = self.convolution
         if conv is not None and x.shape[0] > 0:
             return convolve_in_chunks(x, coefficients, source, self.bias, self.grid, self.kernel_size, conv, factors)
         kernels = mix_cells(coefficients, source, self.grid, self.kernel_size, factors)
@@ -197,7 +200,15 @@ class OptimizedKWLayer(nn.Module):
     def _uses_bases(self, batch_size: int) -> bool:
         if self.bases is None or self.__dict__['store'] is None:
             return self.bases is not None
-        return self._work(batch_size, True).cost <= self._work(batch_size, False).cost
+        return batch_size >= self.bases_from
+
+    def _first_batch_for_bases(self) -> int:
+        """Return the batch size from which on bases are cheaper: their costs grow more slowly, or never catch up."""
+        if self.bases is None or self.__dict__['store'] is None:
+            return 1
+        sizes = range(1, _LARGEST_BATCH + 1)
+        cheaper = (b for b in sizes if self._work(b, True).cost <= self._work(b, False).cost)
+        return next(cheaper, _LARGEST_BATCH + 1)
 
     def _source(self, bases: bool) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Return what is mixed, what its coefficients and the kernels' output channels are multiplied by."""

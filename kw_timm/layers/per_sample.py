@@ -75,6 +75,8 @@ def convolve(
         return _convolve_one(x, kernels[0], bias, conv)
     if conv.is_pointwise(kernels):
         size = (x.shape[0], kernels.shape[1], *conv.output_size(x, kernels))
+        if x.shape[0] == 1 and out is None and bias is not None and not is_making_graph():
+            return torch.addmm(bias[:, None], kernels.view(size[1], -1), _columns(x, conv)[0]).view(size)
         flat = None if out is None else out.flatten(2)
         y = torch.bmm(kernels.flatten(2).squeeze(-1), _columns(x, conv), out=flat).view(size)
     elif conv.prefers_loop(x):
