@@ -17,6 +17,7 @@ def mix(
     out_stride: int,
     in_stride: int,
     channels: int,
+    add: int,
     /,
 ) -> None: ...
 def use_huge_pages(address: int, size: int, /) -> None: ...

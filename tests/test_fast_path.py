@@ -13,13 +13,11 @@ from torch.autograd import grad, gradcheck
 from kw_timm import WarehousePlan, kernelize
 from kw_timm.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, Warehouse, dynamic_conv, straightforward
 
-# How parts of batches are taken: one sample at a time, all at once; and whether the kernels are kept for the gradients.
+# How parts of batches are taken.
 SPLITS = {
     'as set': {},
-    'one by one': dict(_CHUNK_BYTES=1, _BACKWARD_CHUNK_BYTES=1, _KEEP_FROM_CELLS=10**9),
-    'at once': dict(_CHUNK_BYTES=2**40, _BACKWARD_CHUNK_BYTES=2**40, _KEEP_FROM_CELLS=10**9),
-    'kept': dict(_CHUNK_BYTES=2**40, _BACKWARD_CHUNK_BYTES=2**40, _KEEP_FROM_CELLS=0),
-    'kept one by one': dict(_CHUNK_BYTES=1, _BACKWARD_CHUNK_BYTES=1, _KEEP_FROM_CELLS=0),
+    'one by one': dict(_CHUNK_BYTES=1, _BACKWARD_CHUNK_BYTES=1),
+    'at once': dict(_CHUNK_BYTES=2**40, _BACKWARD_CHUNK_BYTES=2**40),
 }
 # Layer, its arguments, size of the input; the warehouse cuts channels in halves unless it says otherwise.
 LAYERS = {
@@ -148,7 +146,7 @@ def test_derivatives_are_those_of_the_function(case, split):
     assert gradcheck(run, [t.requires_grad_() for t in tensors])
 
 
-@pytest.mark.parametrize('split', ['one by one', 'kept'], indirect=True)
+@pytest.mark.parametrize('split', ['one by one', 'at once'], indirect=True)
 @pytest.mark.parametrize('case', FUNCTIONS)
 def test_only_some_gradients(case, split):
     run, tensors = function(case)
@@ -215,7 +213,7 @@ def test_two_layers_add_to_the_gradient_of_their_cells(split):
     assert_same([p.grad for p in net.parameters()], summed)
 
 
-@pytest.mark.parametrize('split', ['one by one', 'kept'], indirect=True)
+@pytest.mark.parametrize('split', ['one by one', 'at once'], indirect=True)
 def test_a_graph_is_used_twice(split):
     net, x = make('square', layers=2).eval(), inputs('square', 3).requires_grad_()
     y = net(x).sin().sum()

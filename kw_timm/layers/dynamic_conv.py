@@ -14,17 +14,15 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .functional import Padding, arrange_gradient, check_input, straightforward_conv
-from .mixing import Grid, empty_buffer, is_exporting, is_making_graph, mix_cells
+from .mixing import Grid, add_products, empty_buffer, is_exporting, is_making_graph, mix_cells
 from .per_sample import Convolution, convolve, convolve_backward
 
 __all__ = ['as_convolution', 'convolve_in_chunks', 'kernel_warehouse_conv', 'straightforward']
 
-# Larger buffers are handed back to the system and cleared by it anew at every use, which costs more than their use.
+# Kernels in memory at one time: few enough that they are still in a cache when they are used, enough that every cell
+# read serves many rows. In the backward pass there are the kernels, their gradients, and those in another order.
 _CHUNK_BYTES = 40 * 2**20
-# Gradients of the cells are summed over chunks, which for small chunks means mostly moving the sums.
-_BACKWARD_CHUNK_BYTES = 40 * 2**20
-# Making an element of a kernel again takes as many multiply-adds as there are cells: from here on it is kept.
-_KEEP_FROM_CELLS = 384
+_BACKWARD_CHUNK_BYTES = 16 * 2**20
 
 _straightforward = False
 
@@ -176,18 +174,14 @@ def convolve_in_chunks(
 
 
 class _KernelWarehouseConv(torch.autograd.Function):
-    """The layer's function with gradients, keeping inputs and coefficients instead of most kernels."""
+    """The layer's function with gradients, keeping inputs and coefficients instead of kernels."""
 
     @staticmethod
     def forward(ctx: Any, x, coefficients, cells, bias, grid, kernel_size, conv):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, coefficients, cells)
         ctx.arguments = grid, kernel_size, conv
         with torch.autocast(x.device.type, enabled=False):
-            if cells.shape[0] < _KEEP_FROM_CELLS:
-                ctx.save_for_backward(x, coefficients, cells)
-                return convolve_in_chunks(x, coefficients, cells, bias, grid, kernel_size, conv)
-            kernels = mix_cells(coefficients, cells, grid, kernel_size)
-            ctx.save_for_backward(x, coefficients, cells, kernels)
-            return convolve(x, kernels, conv, bias)
+            return convolve_in_chunks(x, coefficients, cells, bias, grid, kernel_size, conv)
 
     @staticmethod
     @once_differentiable
@@ -197,14 +191,14 @@ class _KernelWarehouseConv(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
-        x, coefficients, cells, *kept = ctx.saved_tensors
+        x, coefficients, cells = ctx.saved_tensors
         grid, kernel_size, conv = ctx.arguments
         need_x, need_coefficients, need_cells, need_bias = ctx.needs_input_grad[:4]
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
         grad_coefficients = coefficients.new_empty(coefficients.shape) if need_coefficients else None
         grad_cells = empty_buffer(cells.shape, cells) if need_cells else None
         for chunk in _chunks(x, _kernel_bytes(x, coefficients, cells), _BACKWARD_CHUNK_BYTES):
-            kernels = kept[0][chunk] if kept else mix_cells(coefficients[chunk], cells, grid, kernel_size)
+            kernels = mix_cells(coefficients[chunk], cells, grid, kernel_size)
             grad_input, grad_kernels = convolve_backward(
                 grad[chunk], x[chunk], kernels, conv, need_x, need_coefficients or need_cells
             )
@@ -218,7 +212,7 @@ class _KernelWarehouseConv(torch.autograd.Function):
             if grad_coefficients is not None:
                 torch.mm(mixtures, cells.flatten(1).t(), out=grad_coefficients[chunk].flatten(0, 1))
             if grad_cells is not None:
-                sums, rows = grad_cells.flatten(1), coefficients[chunk].flatten(0, 1).t()
-                torch.addmm(sums, rows, mixtures, beta=0 if chunk.start == 0 else 1, out=sums)
+                rows = coefficients[chunk].flatten(0, 1)
+                add_products(grad_cells.flatten(1), rows, mixtures, first=chunk.start == 0)
         grad_bias = grad.sum([0, *range(2, grad.dim())]) if need_bias else None
         return grad_x, grad_coefficients, grad_cells, grad_bias, None, None, None

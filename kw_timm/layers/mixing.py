@@ -19,7 +19,16 @@ try:
 except ImportError:  # No compiler where the package was installed.
     _mixing = None
 
-__all__ = ['compiled', 'compiled_module', 'empty_buffer', 'is_exporting', 'is_making_graph', 'is_plain', 'mix_cells']
+__all__ = [
+    'add_products',
+    'compiled',
+    'compiled_module',
+    'empty_buffer',
+    'is_exporting',
+    'is_making_graph',
+    'is_plain',
+    'mix_cells',
+]
 
 Grid = tuple[int, int, int]
 
@@ -158,6 +167,7 @@ def _mix_compiled(
         line,
         positions,
         kernels.shape[1],
+        False,
     )
     return kernels
 
@@ -170,6 +180,45 @@ def _with_plain_rows(tensor: torch.Tensor, axes: int) -> torch.Tensor:
             return tensor.contiguous()
         expected *= tensor.shape[axis]
     return tensor
+
+
+def add_products(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor, first: bool) -> None:
+    """Add ``left.T @ right`` to ``sums``, or store it there: what the cells' gradient gets from some kernels.
+
+    Args:
+        sums: ``(n, length)``, contiguous.
+        left: Coefficients, ``(rows, n)``.
+        right: Gradients of the mixtures, ``(rows, length)``, contiguous.
+        first: Whether to overwrite what ``sums`` holds.
+    """
+    code = _CODES.get(sums.dtype)
+    if _mixing is None or sums.device.type != 'cpu' or code not in (0, 1):
+        torch.addmm(sums, left.t(), right, beta=0 if first else 1, out=sums)
+        return
+    (rows, num_cells), length = left.shape, right.shape[1]
+    left = left.t().contiguous()
+    offsets = torch.arange(num_cells) * length
+    _mixing.mix(
+        sums.data_ptr(),
+        left.data_ptr(),
+        right.data_ptr(),
+        0,
+        offsets.data_ptr(),
+        code,
+        1,
+        num_cells,
+        rows,
+        length,
+        length,
+        0,
+        rows,
+        0,
+        length,
+        length,
+        1,
+        1,
+        not first,
+    )
 
 
 @lru_cache(maxsize=1024)
