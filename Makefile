@@ -26,7 +26,7 @@ lint: $(READY)
 
 setup: $(READY)
 
-$(READY): pyproject.toml tools/install_mmcv.py
+$(READY): pyproject.toml tools/install_mmcv.py $(wildcard kw_timm/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Python 3.11 is needed: install it, or name it with make PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,4 +36,4 @@ $(READY): pyproject.toml tools/install_mmcv.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) work_dirs build *.egg-info
+	rm -rf $(VENV) work_dirs build *.egg-info kw_timm/*.so

@@ -50,11 +50,11 @@ def arrange_kernels(
 
 
 def arrange_gradient(grad_kernels: torch.Tensor, cell_shape: Sequence[int], grid: Sequence[int]) -> torch.Tensor:
-    """Gradient of :func:`arrange_kernels`: from that of the kernels to ``(B, m, co * ci * window)``."""
+    """Gradient of :func:`arrange_kernels`: from that of the kernels to ``(B, m, co * ci * window)``, contiguous."""
     positions, out_groups, in_groups = grid
     cell_out, cell_in, *window = cell_shape
     parts = grad_kernels.reshape(-1, out_groups, cell_out, in_groups, cell_in, positions, math.prod(window))
-    return parts.permute(0, 5, 1, 3, 2, 4, 6).reshape(grad_kernels.shape[0], math.prod(grid), -1)
+    return parts.permute(0, 5, 1, 3, 2, 4, 6).reshape(grad_kernels.shape[0], math.prod(grid), -1).contiguous()
 
 
 def conv_per_sample(

@@ -196,7 +196,7 @@ def add_products(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor, fi
         torch.addmm(sums, left.t(), right, beta=0 if first else 1, out=sums)
         return
     (rows, num_cells), length = left.shape, right.shape[1]
-    left = left.t().contiguous()
+    left, right = left.t().contiguous(), right.contiguous()
     offsets = torch.arange(num_cells) * length
     _mixing.mix(
         sums.data_ptr(),
