@@ -17,7 +17,6 @@ def mix(
     out_stride: int,
     in_stride: int,
     channels: int,
-    add: int,
     /,
 ) -> None: ...
 def use_huge_pages(address: int, size: int, /) -> None: ...

@@ -77,7 +77,7 @@ typedef struct {
     const int64_t *offsets;
     Py_ssize_t groups, rows, num_cells, length, width; /* a cell has `length` elements, in lines of `width` */
     Py_ssize_t coefficient_group, coefficient_row, cell_group, cell_stride, out_stride, in_stride, channels;
-    int code, add; /* add: to what is stored already; only with in_stride 1 */
+    int code;
 } Task;
 
 /* Store some rows of sums, whose elements alternate in the result, the columns [start, start + width) line by line. */
@@ -96,10 +96,7 @@ typedef struct {
                     for (Py_ssize_t k = 0; k < length; k++)                                                          \
                         sums[row * CHUNK + c + k] *= factor;                                                         \
             }                                                                                                        \
-            if (task->add)                                                                                           \
-                for (Py_ssize_t k = 0; k < length; k++)                                                              \
-                    to[k] += sums[c + k];                                                                            \
-            else if (task->in_stride == 1)                                                                           \
+            if (task->in_stride == 1)                                                                                \
                 memcpy(to, sums + c, length * sizeof(REAL));                                                         \
             else                                                                                                     \
                 for (Py_ssize_t k = 0; k < length; k++)                                                              \
@@ -144,10 +141,10 @@ static PyObject *mix(PyObject *module, PyObject *args)
     Task task;
     Py_ssize_t out, coefficients, cells, factors, offsets;
     (void)module;
-    if (!PyArg_ParseTuple(args, "nnnnninnnnnnnnnnnni", &out, &coefficients, &cells, &factors, &offsets, &task.code,
+    if (!PyArg_ParseTuple(args, "nnnnninnnnnnnnnnnn", &out, &coefficients, &cells, &factors, &offsets, &task.code,
                           &task.groups, &task.rows, &task.num_cells, &task.length, &task.width, &task.coefficient_group,
                           &task.coefficient_row, &task.cell_group, &task.cell_stride, &task.out_stride,
-                          &task.in_stride, &task.channels, &task.add))
+                          &task.in_stride, &task.channels))
         return NULL;
     task.out = (char *)out;
     task.coefficients = (const char *)coefficients;
@@ -183,7 +180,7 @@ static PyObject *use_huge_pages(PyObject *module, PyObject *args)
 static PyMethodDef methods[] = {
     {"mix", mix, METH_VARARGS,
      "mix(out, coefficients, cells, factors, offsets, code, groups, rows, num_cells, length, width, coefficient_group, "
-     "coefficient_row, cell_group, cell_stride, out_stride, in_stride, channels, add): addresses, then sizes and strides in "
+     "coefficient_row, cell_group, cell_stride, out_stride, in_stride, channels): addresses, then sizes and strides in "
      "elements. Called by kw_timm.layers.mixing alone, which checks them."},
     {"attend", attend, METH_VARARGS,
      "attend(x, first, first_bias, norm_weight, norm_bias, second, second_bias, work, out, batch, channels, pixels, "

@@ -14,7 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .functional import Padding, arrange_gradient, check_input, straightforward_conv
-from .mixing import Grid, add_products, empty_buffer, is_exporting, is_making_graph, mix_cells
+from .mixing import Grid, empty_buffer, is_exporting, is_making_graph, mix_cells, store_products
 from .per_sample import Convolution, convolve, convolve_backward
 
 __all__ = ['as_convolution', 'convolve_in_chunks', 'kernel_warehouse_conv', 'straightforward']
@@ -120,11 +120,11 @@ def _must_be_straightforward(x: torch.Tensor, coefficients: torch.Tensor, cells:
     )
 
 
-def _chunks(x: torch.Tensor, kernel_bytes: int, limit: int) -> Iterator[slice]:
-    """Slices of the batch, of like sizes, whose kernels take at most ``limit`` bytes (or are one sample's)."""
+def _chunks(x: torch.Tensor, kernel_bytes: int) -> Iterator[slice]:
+    """Slices of the batch, of like sizes, whose kernels are in memory at one time."""
     batch = x.shape[0]
     in_parts = x.device.type == 'cpu' and not is_making_graph()
-    most = max(1, limit // kernel_bytes) if in_parts else batch
+    most = max(1, _CHUNK_BYTES // kernel_bytes) if in_parts else batch
     count = -(-batch // most)
     for i in range(count):
         yield slice(batch * i // count, batch * (i + 1) // count)
@@ -132,6 +132,17 @@ def _chunks(x: torch.Tensor, kernel_bytes: int, limit: int) -> Iterator[slice]:
 
 def _kernel_bytes(x: torch.Tensor, coefficients: torch.Tensor, cells: torch.Tensor) -> int:
     return coefficients.shape[1] * math.prod(cells.shape[-x.dim() :]) * coefficients.element_size()
+
+
+def _parts_of_cells(x: torch.Tensor, coefficients: torch.Tensor, cells: torch.Tensor) -> Iterator[slice]:
+    """Slices of the cells' output channels for which the kernels of the whole batch are in memory at one time.
+
+    Unlike slices of the batch, each adds to another part of the cells' gradient, which is large.
+    """
+    channels, needed = cells.shape[1], x.shape[0] * _kernel_bytes(x, coefficients, cells)
+    count = min(channels, -(-needed // _BACKWARD_CHUNK_BYTES)) if x.device.type == 'cpu' else 1
+    for i in range(count):
+        yield slice(channels * i // count, channels * (i + 1) // count)
 
 
 def convolve_in_chunks(
@@ -160,7 +171,7 @@ def convolve_in_chunks(
         ``(B, O, *spatial')``.
     """
     one = x.shape[0] == 1
-    chunks = [] if one else list(_chunks(x, _kernel_bytes(x, coefficients, cells), _CHUNK_BYTES))
+    chunks = [] if one else list(_chunks(x, _kernel_bytes(x, coefficients, cells)))
     if len(chunks) < 2:
         return convolve(x, mix_cells(coefficients, cells, grid, kernel_size, factors), conv, bias)
     y = None
@@ -194,25 +205,26 @@ class _KernelWarehouseConv(torch.autograd.Function):
         x, coefficients, cells = ctx.saved_tensors
         grid, kernel_size, conv = ctx.arguments
         need_x, need_coefficients, need_cells, need_bias = ctx.needs_input_grad[:4]
-        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
-        grad_coefficients = coefficients.new_empty(coefficients.shape) if need_coefficients else None
+        grad_x = x.new_zeros(x.shape) if need_x else None
+        grad_coefficients = coefficients.new_zeros(coefficients.shape) if need_coefficients else None
         grad_cells = empty_buffer(cells.shape, cells) if need_cells else None
-        for chunk in _chunks(x, _kernel_bytes(x, coefficients, cells), _BACKWARD_CHUNK_BYTES):
-            kernels = mix_cells(coefficients[chunk], cells, grid, kernel_size)
+        by_group = grad.unflatten(1, (grid[1], cells.shape[1]))
+        for rows in _parts_of_cells(x, coefficients, cells):
+            part = cells[:, rows]
+            kernels = mix_cells(coefficients, part, grid, kernel_size)
             grad_input, grad_kernels = convolve_backward(
-                grad[chunk], x[chunk], kernels, conv, need_x, need_coefficients or need_cells
+                by_group[:, :, rows].flatten(1, 2), x, kernels, conv, need_x, need_coefficients or need_cells
             )
             del kernels
             if grad_x is not None and grad_input is not None:
-                grad_x[chunk] = grad_input
+                grad_x += grad_input
             if grad_kernels is None:
                 continue
-            mixtures = arrange_gradient(grad_kernels, cells.shape[1:], grid).flatten(0, 1)
+            mixtures = arrange_gradient(grad_kernels, part.shape[1:], grid).flatten(0, 1)
             del grad_kernels
             if grad_coefficients is not None:
-                torch.mm(mixtures, cells.flatten(1).t(), out=grad_coefficients[chunk].flatten(0, 1))
+                grad_coefficients.flatten(0, 1).addmm_(mixtures, part.flatten(1).t())
             if grad_cells is not None:
-                rows = coefficients[chunk].flatten(0, 1)
-                add_products(grad_cells.flatten(1), rows, mixtures, first=chunk.start == 0)
+                store_products(grad_cells[:, rows].flatten(1), coefficients.flatten(0, 1), mixtures)
         grad_bias = grad.sum([0, *range(2, grad.dim())]) if need_bias else None
         return grad_x, grad_coefficients, grad_cells, grad_bias, None, None, None

@@ -20,7 +20,6 @@ except ImportError:  # No compiler where the package was installed.
     _mixing = None
 
 __all__ = [
-    'add_products',
     'compiled',
     'compiled_module',
     'empty_buffer',
@@ -167,7 +166,6 @@ def _mix_compiled(
         line,
         positions,
         kernels.shape[1],
-        False,
     )
     return kernels
 
@@ -182,24 +180,23 @@ def _with_plain_rows(tensor: torch.Tensor, axes: int) -> torch.Tensor:
     return tensor
 
 
-def add_products(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor, first: bool) -> None:
-    """Add ``left.T @ right`` to ``sums``, or store it there: what the cells' gradient gets from some kernels.
+def store_products(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Store ``left.T @ right``: the gradient that cells get from kernels.
 
     Args:
-        sums: ``(n, length)``, contiguous.
+        out: ``(n, length)``; the second axis contiguous.
         left: Coefficients, ``(rows, n)``.
-        right: Gradients of the mixtures, ``(rows, length)``, contiguous.
-        first: Whether to overwrite what ``sums`` holds.
+        right: Gradients of the mixtures, ``(rows, length)``.
     """
-    code = _CODES.get(sums.dtype)
-    if _mixing is None or sums.device.type != 'cpu' or code not in (0, 1):
-        torch.addmm(sums, left.t(), right, beta=0 if first else 1, out=sums)
+    code = _CODES.get(out.dtype)
+    if _mixing is None or out.device.type != 'cpu' or code not in (0, 1):
+        out.copy_(left.t() @ right)
         return
     (rows, num_cells), length = left.shape, right.shape[1]
     left, right = left.t().contiguous(), right.contiguous()
-    offsets = torch.arange(num_cells) * length
+    offsets = torch.arange(num_cells) * out.stride(0)
     _mixing.mix(
-        sums.data_ptr(),
+        out.data_ptr(),
         left.data_ptr(),
         right.data_ptr(),
         0,
@@ -217,7 +214,6 @@ def add_products(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor, fi
         length,
         1,
         1,
-        not first,
     )
 
 
