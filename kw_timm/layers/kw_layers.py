@@ -189,7 +189,7 @@ class KWLinear(KWLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map each sample's tokens ``(B, *tokens, in_features)`` with the sample's own matrix."""
-        tokens = x[:, None] if x.dim() == 2 else x.flatten(1, -2)
+        tokens = x.reshape(x.shape[0], -1, self.in_channels)
         y = super().forward(tokens.transpose(1, 2)).transpose(1, 2)
         # A sum, since a traced shape cannot be unpacked.
         return y.reshape(x.shape[:-1] + (self.out_channels,))  # noqa: RUF005

@@ -172,7 +172,7 @@ class OptimizedKWLayer(nn.Module):
             )
         if not self.tokens:
             return self._convolve(x)
-        tokens = x[:, None] if x.dim() == 2 else x.flatten(1, -2)
+        tokens = x.reshape(x.shape[0], -1, self.in_channels)
         y = self._convolve(tokens.transpose(1, 2)).transpose(1, 2)
         return y.reshape(x.shape[:-1] + (self.out_channels,))  # noqa: RUF005
 
