@@ -72,9 +72,9 @@ def optimize_for_inference(
     """Return a copy of a network that computes the same faster, for inference only.
 
     The attention of every KW layer becomes two matrices (its BatchNorm and a non-local basis multiplied in), and a
-    BatchNorm behind a KW layer of a timm block becomes part of the layer. Layers for
-    which it pays at this batch size get *bases*: the product of the second matrix with the cells, of which fewer have
-    to be read and mixed per image. Outputs are those of the network in eval mode, up to rounding.
+    BatchNorm behind a KW layer of a timm block becomes part of the layer. Layers for which it pays at this batch size
+    get *bases*: the product of the second matrix with the cells, of which fewer have to be read and mixed per image.
+    Outputs are those of the network in eval mode, up to rounding.
 
     Args:
         model: Network with KW layers, in whatever wrapper: a timm model, its feature extractor, a detector. It is not
@@ -110,9 +110,7 @@ def optimize_for_inference(
     ):
         raise ValueError(f'storage={storage} is for float32 networks; call model.float() first.')
     with torch.no_grad():
-        planned = _plan(layers, report)
-        optimized_layers = _build(model, layers, planned, report)
-        result = _copy_with(model, layers, optimized_layers)
+        result = _copy_with(model, _build(model, layers, _plan(layers, report), report))
     result._kw_report = report  # type: ignore[assignment]
     return result
 
@@ -182,11 +180,11 @@ def _work(layer: KWLayer | OptimizedKWLayer, batch_size: int, bases: int = 0) ->
         terms, read = attention.fc2.in_features + 1, float(bases)
     else:
         terms, read = attention.num_cells, float(cells.nbytes)
-    return MixingWork(2.0 * batch_size * attention.num_mixtures * terms * cells[0].numel(), read)
+    return MixingWork.of(batch_size, attention.num_mixtures, terms, cells[0].numel(), read)
 
 
-def _plan(layers: dict[str, KWLayer], report: OptimizationReport) -> dict[str, int]:
-    """Choose the layers that get bases, those first that gain most per byte; return their bases' sizes."""
+def _plan(layers: dict[str, KWLayer], report: OptimizationReport) -> set[str]:
+    """Choose the layers that get bases, those first that gain most per byte."""
     gains: list[tuple[float, str, int]] = []
     for name, layer in layers.items():
         size = bases_bytes(layer, report.storage)
@@ -196,17 +194,17 @@ def _plan(layers: dict[str, KWLayer], report: OptimizationReport) -> dict[str, i
         gain = cells.cost - _work(layer, report.batch_size, size).cost
         if gain > 0 and layer.attention.temperature == 0:
             gains.append((gain / size, name, size))
-    chosen: dict[str, int] = {}
+    chosen: set[str] = set()
     left = report.memory_budget
     for _, name, size in sorted(gains, reverse=True):
         if size <= left:
-            chosen[name] = size
+            chosen.add(name)
             left -= size
     return chosen
 
 
 def _build(
-    model: nn.Module, layers: dict[str, KWLayer], planned: dict[str, int], report: OptimizationReport
+    model: nn.Module, layers: dict[str, KWLayer], planned: set[str], report: OptimizationReport
 ) -> dict[str, nn.Module]:
     """Make the replacements of layers and warehouses, by name."""
     stores: dict[int, CellStore] = {}
@@ -243,7 +241,7 @@ def _build(
     return made
 
 
-def _copy_with(model: nn.Module, layers: dict[str, KWLayer], made: dict[str, nn.Module]) -> nn.Module:
+def _copy_with(model: nn.Module, made: dict[str, nn.Module]) -> nn.Module:
     """Copy a network with other modules in the places of some; warehouses that got no other are left out."""
     memo: dict[int, object] = {}
     unused: list[str] = []

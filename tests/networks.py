@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-import kw_timm  # noqa: F401 (registers the models)
+from kw_timm.benchmark.networks import enliven, fit_norms  # registers the models too
 
 # Exact parameter counts at 1000 classes.
 PARAMETERS = {
@@ -34,27 +34,14 @@ SMALLEST = ('kw1x_resnet18', 'kw1x_mobilenetv2_050', 'kw1x_convnext_tiny')
 SPECIAL = (*SMALLEST, 'kw1d2x_resnet50', 'kw1d2x_mobilenetv2_050')
 
 
-@torch.no_grad()
 def lively(model: nn.Module, in_chans: int = 3) -> nn.Module:
     """Give a new network, in eval mode, weights under which every layer shows; as initialized, signals vanish.
 
     Kernels depend on the sample, but not so much that rounding shows; the features' norms are fitted to the weights.
     """
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if name.endswith('.gamma'):
-            parameter.fill_(0.5)
-        elif name.endswith(('attention.fc2.bias', 'basis_bias')):
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-        elif name.endswith('attention.fc2.weight'):
-            parameter.mul_(0.1)
-    norms = [module for module in model.eval().modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.train().momentum = 1.0
-    model(torch.randn(4, in_chans, 64, 64, generator=generator))
-    for norm in norms:
-        norm.eval().momentum = 0.1
-    return model
+    enliven(model, generator)
+    return fit_norms(model, torch.randn(4, in_chans, 64, 64, generator=generator))
 
 
 @lru_cache

@@ -149,13 +149,7 @@ def inference_case(
         network = optimize_for_inference(kw, batch_size=batch, memory_budget=memory_budget)
         return prepared(network, note=str(optimization_report(network)))
 
-    ways: dict[str, Callable[[], Prepared]] = {
-        'straightforward': lambda: prepared(kw, straightforward),
-        'default': lambda: prepared(kw),
-        'optimized': optimized,
-    }
-    if static is not None:
-        ways['static'] = lambda: prepared(static)
+    ways = _ways(prepared, kw, static) | {'optimized': optimized}
     chosen = {mode: ways[mode] for mode in modes}
     return Case(variant, task, batch, size, chosen, prepared(kw, straightforward).check_call, False, kw)
 
@@ -197,14 +191,22 @@ def training_case(
 
         return Prepared(step, lambda: step(keep_gradients=True), lambda: step(training=False), network)
 
-    ways: dict[str, Callable[[], Prepared]] = {
-        'straightforward': lambda: prepared(kw, straightforward),
-        'default': lambda: prepared(kw),
-    }
-    if static is not None:
-        ways['static'] = lambda: prepared(static)
+    ways = _ways(prepared, kw, static)
     chosen = {mode: ways[mode] for mode in modes if mode in TRAINING_MODES}
     return Case(variant, task, batch, size, chosen, prepared(kw, straightforward).check_call, True, kw)
+
+
+def _ways(
+    prepared: Callable[..., Prepared], kw: nn.Module, static: nn.Module | None
+) -> dict[str, Callable[[], Prepared]]:
+    """Return what makes the modes ready that inference and training have in common."""
+    ways: dict[str, Callable[[], Prepared]] = {
+        'straightforward': partial(prepared, kw, straightforward),
+        'default': partial(prepared, kw),
+    }
+    if static is not None:
+        ways['static'] = partial(prepared, static)
+    return ways
 
 
 def _outputs(x: torch.Tensor, network: nn.Module) -> Any:

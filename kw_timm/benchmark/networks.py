@@ -10,7 +10,7 @@ from torch import nn
 
 from .errors import BenchmarkError
 
-__all__ = ['drawn_images', 'make_networks', 'settle', 'static_name']
+__all__ = ['drawn_images', 'enliven', 'fit_norms', 'make_networks', 'settle', 'static_name']
 
 
 def static_name(variant: str) -> str:
@@ -59,7 +59,6 @@ def make_networks(
     return networks[0], networks[1] if with_static else None
 
 
-@torch.no_grad()
 def settle(network: nn.Module, size: int = 128) -> nn.Module:
     """Make random weights sound, in place, and put the network in eval mode.
 
@@ -72,7 +71,13 @@ def settle(network: nn.Module, size: int = 128) -> nn.Module:
         size: Height and width of those images in pixels.
     """
     first = next(network.parameters())
-    generator = torch.Generator().manual_seed(0)
+    enliven(network, torch.Generator().manual_seed(0))
+    return fit_norms(network, drawn_images(4, (size, size)).to(first))
+
+
+@torch.no_grad()
+def enliven(network: nn.Module, generator: torch.Generator) -> None:
+    """Set new weights, in place, such that kernels depend on the image and every block shows in the output."""
     for name, parameter in network.named_parameters():
         if name.endswith('.gamma'):
             parameter.fill_(0.5)
@@ -80,11 +85,16 @@ def settle(network: nn.Module, size: int = 128) -> nn.Module:
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
         elif name.endswith('attention.fc2.weight'):
             parameter.mul_(0.1)
+
+
+@torch.no_grad()
+def fit_norms(network: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Give BatchNorms the statistics of images, and put the network in eval mode."""
     norms = [module for module in network.eval().modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.train().momentum = 1.0
-    network(drawn_images(4, (size, size)).to(first))
+    network(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval().momentum = momentum
     return network

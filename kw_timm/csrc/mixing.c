@@ -7,8 +7,7 @@
  *     out[g, r](o, i) = sum over j of coefficients[g, r, j] * cells[g, j, o, i]
  *
  * is stored at out + offsets[g, r] + o * out_stride + i * in_stride (in elements), times the factor of the output
- * channel if there are factors. Source of the method: arXiv
- * 2406.07879, section 3.
+ * channel if there are factors. Source of the method: arXiv 2406.07879, section 3.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

@@ -122,12 +122,14 @@ def _must_be_straightforward(x: torch.Tensor, coefficients: torch.Tensor, cells:
 
 def _chunks(x: torch.Tensor, kernel_bytes: int) -> Iterator[slice]:
     """Slices of the batch, of like sizes, whose kernels are in memory at one time."""
-    batch = x.shape[0]
     in_parts = x.device.type == 'cpu' and not is_making_graph()
-    most = max(1, _CHUNK_BYTES // kernel_bytes) if in_parts else batch
-    count = -(-batch // most)
+    most = max(1, _CHUNK_BYTES // kernel_bytes)
+    return _slices(x.shape[0], -(-x.shape[0] // most) if in_parts else 1)
+
+
+def _slices(length: int, count: int) -> Iterator[slice]:
     for i in range(count):
-        yield slice(batch * i // count, batch * (i + 1) // count)
+        yield slice(length * i // count, length * (i + 1) // count)
 
 
 def _kernel_bytes(x: torch.Tensor, coefficients: torch.Tensor, cells: torch.Tensor) -> int:
@@ -140,9 +142,7 @@ def _parts_of_cells(x: torch.Tensor, coefficients: torch.Tensor, cells: torch.Te
     Unlike slices of the batch, each adds to another part of the cells' gradient, which is large.
     """
     channels, needed = cells.shape[1], x.shape[0] * _kernel_bytes(x, coefficients, cells)
-    count = min(channels, -(-needed // _BACKWARD_CHUNK_BYTES)) if x.device.type == 'cpu' else 1
-    for i in range(count):
-        yield slice(channels * i // count, channels * (i + 1) // count)
+    return _slices(channels, min(channels, -(-needed // _BACKWARD_CHUNK_BYTES)) if x.device.type == 'cpu' else 1)
 
 
 def convolve_in_chunks(
@@ -170,17 +170,14 @@ def convolve_in_chunks(
     Returns:
         ``(B, O, *spatial')``.
     """
-    one = x.shape[0] == 1
-    chunks = [] if one else list(_chunks(x, _kernel_bytes(x, coefficients, cells)))
-    if len(chunks) < 2:
+    chunks = list(_chunks(x, _kernel_bytes(x, coefficients, cells)))
+    if len(chunks) == 1:
         return convolve(x, mix_cells(coefficients, cells, grid, kernel_size, factors), conv, bias)
-    y = None
+    channels = grid[1] * cells.shape[-x.dim()]
+    y = x.new_empty(x.shape[0], channels, *conv.output_size(x, kernel_size))
     for chunk in chunks:
         kernels = mix_cells(coefficients[chunk], cells, grid, kernel_size, factors)
-        if y is None:
-            y = x.new_empty(x.shape[0], kernels.shape[1], *conv.output_size(x, kernels))
         convolve(x[chunk], kernels, conv, bias, out=y[chunk])
-    assert y is not None
     return y
 
 
@@ -205,7 +202,7 @@ class _KernelWarehouseConv(torch.autograd.Function):
         x, coefficients, cells = ctx.saved_tensors
         grid, kernel_size, conv = ctx.arguments
         need_x, need_coefficients, need_cells, need_bias = ctx.needs_input_grad[:4]
-        grad_x = x.new_zeros(x.shape) if need_x else None
+        grad_x = None
         grad_coefficients = coefficients.new_zeros(coefficients.shape) if need_coefficients else None
         grad_cells = empty_buffer(cells.shape, cells) if need_cells else None
         by_group = grad.unflatten(1, (grid[1], cells.shape[1]))
@@ -216,8 +213,8 @@ class _KernelWarehouseConv(torch.autograd.Function):
                 by_group[:, :, rows].flatten(1, 2), x, kernels, conv, need_x, need_coefficients or need_cells
             )
             del kernels
-            if grad_x is not None and grad_input is not None:
-                grad_x += grad_input
+            if grad_input is not None:
+                grad_x = grad_input if grad_x is None else grad_x.add_(grad_input)
             if grad_kernels is None:
                 continue
             mixtures = arrange_gradient(grad_kernels, part.shape[1:], grid).flatten(0, 1)

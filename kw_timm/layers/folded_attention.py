@@ -1,6 +1,7 @@
 """The attention of a KW layer for inference: two affine maps, all that lies between them folded."""
 
 import copy
+import math
 
 import torch
 from torch import nn
@@ -8,7 +9,7 @@ from torch import nn
 from .attention import KWAttention, pool
 from .mixing import compiled_module, is_exporting, is_plain
 
-__all__ = ['FoldedAttention']
+__all__ = ['FoldedAttention', 'as_affine']
 
 
 class FoldedAttention(nn.Module):
@@ -47,11 +48,8 @@ class FoldedAttention(nn.Module):
         weight: torch.Tensor = attention.fc1.weight
         bias: torch.Tensor = weight.new_zeros(len(weight)) if attention.fc1.bias is None else attention.fc1.bias
         norm: nn.Module | None = attention.norm1
-        if isinstance(norm, nn.BatchNorm1d) and norm.running_mean is not None and norm.running_var is not None:
-            factor = torch.rsqrt(norm.running_var + norm.eps)
-            shift = -norm.running_mean * factor
-            if norm.weight is not None:
-                factor, shift = factor * norm.weight, shift * norm.weight + norm.bias
+        if isinstance(norm, nn.BatchNorm1d) and norm.running_mean is not None:
+            factor, shift = as_affine(norm)
             weight, bias, norm = weight * factor[:, None], bias * factor + shift, None
         self.norm = copy.deepcopy(norm)
         self.register_buffer('hidden_weight', weight.t().clone(memory_format=torch.contiguous_format))
@@ -121,6 +119,15 @@ class FoldedAttention(nn.Module):
         return self._warm((logits / norms)[..., :-1])
 
 
+def as_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the factors and shifts ``(C,)`` that a BatchNorm with running statistics amounts to in eval mode."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    factor = torch.rsqrt(norm.running_var + norm.eps)
+    shift = -norm.running_mean * factor
+    return (factor, shift) if norm.weight is None else (factor * norm.weight, shift * norm.weight + norm.bias)
+
+
 def _attend(
     x: torch.Tensor,
     first: torch.Tensor,
@@ -151,7 +158,7 @@ def _attend(
         out.data_ptr(),
         batch,
         channels,
-        x[0, 0].numel() if batch else 0,
+        math.prod(x.shape[2:]),
         width,
         mixtures,
         logits,

@@ -1,5 +1,6 @@
 """KernelWarehouse layers: drop-in replacements for ``nn.Conv1d/2d/3d`` and ``nn.Linear``."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,10 +117,7 @@ class KWLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the arguments of the static layer."""
-        return (
-            f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, '
-            f'padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}'
-        )
+        return describe(self)
 
     def _per_axis(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
         values = (value,) * self.spatial_axes if isinstance(value, int) else tuple(value)
@@ -138,6 +136,23 @@ class KWLayer(nn.Module):
                 f'positions at this index, but the layer has a kernel of shape {self.kernel_shape}. '
                 f'Make the warehouse from the kernel shapes of the layers that use it, in their order.'
             )
+
+
+def describe(layer: Any) -> str:
+    """Return the arguments of a KW layer's static layer, for ``extra_repr``."""
+    return (
+        f'{layer.in_channels}, {layer.out_channels}, kernel_size={layer.kernel_size}, stride={layer.stride}, '
+        f'padding={layer.padding}, dilation={layer.dilation}, groups={layer.groups}, bias={layer.bias is not None}'
+    )
+
+
+def map_tokens(
+    x: torch.Tensor, in_channels: int, out_channels: int, convolve: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Give tokens ``(B, *tokens, in_channels)`` to a 1x1 convolution ``(B, in, N) -> (B, out, N)``; return tokens."""
+    y = convolve(x.reshape(x.shape[0], -1, in_channels).transpose(1, 2)).transpose(1, 2)
+    # A sum, since a traced shape cannot be unpacked.
+    return y.reshape(x.shape[:-1] + (out_channels,))  # noqa: RUF005
 
 
 class KWConv1d(KWLayer):
@@ -189,10 +204,7 @@ class KWLinear(KWLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map each sample's tokens ``(B, *tokens, in_features)`` with the sample's own matrix."""
-        tokens = x.reshape(x.shape[0], -1, self.in_channels)
-        y = super().forward(tokens.transpose(1, 2)).transpose(1, 2)
-        # A sum, since a traced shape cannot be unpacked.
-        return y.reshape(x.shape[:-1] + (self.out_channels,))  # noqa: RUF005
+        return map_tokens(x, self.in_channels, self.out_channels, super().forward)
 
     def extra_repr(self) -> str:
         """Return the arguments of the static layer."""

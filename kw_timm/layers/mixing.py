@@ -27,6 +27,7 @@ __all__ = [
     'is_making_graph',
     'is_plain',
     'mix_cells',
+    'store_products',
 ]
 
 Grid = tuple[int, int, int]

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from .dynamic_conv import as_convolution, convolve_in_chunks
-from .folded_attention import FoldedAttention
+from .folded_attention import FoldedAttention, as_affine
 from .functional import check_input, conv_per_sample
-from .kw_layers import KWLayer, KWLinear
+from .kw_layers import KWLayer, KWLinear, describe, map_tokens
 from .mixing import mix_cells
 
 __all__ = ['CellStore', 'MixingWork', 'OptimizedKWLayer', 'bases_bytes', 'store_cells']
@@ -38,6 +38,11 @@ class MixingWork:
 
     flops: float
     bytes: float
+
+    @classmethod
+    def of(cls, batch_size: int, mixtures: int, terms: int, cell_size: int, read: float) -> 'MixingWork':
+        """Return the cost of mixtures that are sums of ``terms`` cells or bases, of which ``read`` bytes are read."""
+        return cls(2.0 * batch_size * mixtures * terms * cell_size, read)
 
     def __add__(self, other: 'MixingWork') -> 'MixingWork':
         return MixingWork(self.flops + other.flops, self.bytes + other.bytes)
@@ -172,18 +177,12 @@ class OptimizedKWLayer(nn.Module):
             )
         if not self.tokens:
             return self._convolve(x)
-        tokens = x.reshape(x.shape[0], -1, self.in_channels)
-        y = self._convolve(tokens.transpose(1, 2)).transpose(1, 2)
-        return y.reshape(x.shape[:-1] + (self.out_channels,))  # noqa: RUF005
+        return map_tokens(x, self.in_channels, self.out_channels, self._convolve)
 
     def extra_repr(self) -> str:
         """Return the arguments of the static layer, and the contractions there are."""
         ways = [way for way, there in (('cells', self.__dict__['store']), ('bases', self.bases)) if there is not None]
-        return (
-            f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, '
-            f'padding={self.padding}, dilation={self.dilation}, groups={self.groups}, '
-            f'bias={self.bias is not None}, from={" or ".join(ways)}'
-        )
+        return f'{describe(self)}, from={" or ".join(ways)}'
 
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
         check_input(x, self.kernel_size, self.padding, self.dilation)
@@ -192,23 +191,23 @@ class OptimizedKWLayer(nn.Module):
         if scales is not None:
             coefficients = coefficients * scales
         conv = self.convolution
-        if conv is not None and x.shape[0] > 0:
+        if conv is not None:
             return convolve_in_chunks(x, coefficients, source, self.bias, self.grid, self.kernel_size, conv, factors)
         kernels = mix_cells(coefficients, source, self.grid, self.kernel_size, factors)
         return conv_per_sample(x, kernels, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def _uses_bases(self, batch_size: int) -> bool:
-        if self.bases is None or self.__dict__['store'] is None:
-            return self.bases is not None
         return batch_size >= self.bases_from
 
-    def _first_batch_for_bases(self) -> int:
+    def _first_batch_for_bases(self) -> float:
         """Return the batch size from which on bases are cheaper: their costs grow more slowly, or never catch up."""
-        if self.bases is None or self.__dict__['store'] is None:
-            return 1
+        if self.bases is None:
+            return math.inf
+        if self.__dict__['store'] is None:
+            return 0
         sizes = range(1, _LARGEST_BATCH + 1)
         cheaper = (b for b in sizes if self._work(b, True).cost <= self._work(b, False).cost)
-        return next(cheaper, _LARGEST_BATCH + 1)
+        return next(cheaper, math.inf)
 
     def _source(self, bases: bool) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Return what is mixed, what its coefficients and the kernels' output channels are multiplied by."""
@@ -220,22 +219,15 @@ class OptimizedKWLayer(nn.Module):
     def _work(self, batch_size: int, bases: bool) -> MixingWork:
         source = self._source(bases)[0]
         terms = self.attention.num_bases if bases else self.attention.num_cells
-        return MixingWork(
-            2.0 * batch_size * self.attention.num_mixtures * terms * self.cell_size,
-            source.numel() * source.element_size(),
-        )
+        read = source.numel() * source.element_size()
+        return MixingWork.of(batch_size, self.attention.num_mixtures, terms, self.cell_size, read)
 
 
 def _affine(norm: nn.BatchNorm2d | None, bias: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return factors and bias of a layer's output channels, given a BatchNorm behind the layer."""
     if norm is None:
         return None, None if bias is None else bias.detach().clone()
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    factors = torch.rsqrt(norm.running_var + norm.eps)
-    shift = -norm.running_mean * factors
-    if norm.weight is not None:
-        factors, shift = factors * norm.weight, shift * norm.weight + norm.bias
+    factors, shift = as_affine(norm)
     return factors, shift if bias is None else shift + bias * factors
 
 

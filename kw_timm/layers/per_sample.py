@@ -6,6 +6,7 @@
 * On a GPU, and for depthwise kernels, one grouped convolution is fastest.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ class Convolution:
 
     def is_pointwise(self, kernels: torch.Tensor) -> bool:
         """Return whether ``kernels`` only mix channels."""
-        return self.groups == 1 and kernels[0, 0, 0].numel() == 1 and not any(self.padding)
+        return self.groups == 1 and all(window == 1 for window in kernels.shape[3:]) and not any(self.padding)
 
     def prefers_loop(self, x: torch.Tensor) -> bool:
         """Return whether one call per sample beats one call for the batch."""
@@ -42,12 +43,12 @@ class Convolution:
             return False
         return x.shape[0] == 1 or (x.device.type == 'cpu' and self.groups == 1)
 
-    def output_size(self, x: torch.Tensor, kernels: torch.Tensor) -> tuple[int, ...]:
+    def output_size(self, x: torch.Tensor, kernel_size: Sequence[int]) -> tuple[int, ...]:
         """Return the spatial size of the output."""
         return tuple(
             (size + 2 * padding - dilation * (window - 1) - 1) // stride + 1
             for size, window, stride, padding, dilation in zip(
-                x.shape[2:], kernels.shape[3:], self.stride, self.padding, self.dilation, strict=True
+                x.shape[2:], kernel_size, self.stride, self.padding, self.dilation, strict=True
             )
         )
 
@@ -71,16 +72,18 @@ def convolve(
     Returns:
         ``(B, O, *spatial')``.
     """
-    if x.shape[0] == 1 and out is None and not conv.is_pointwise(kernels) and not is_making_graph():
+    pointwise = conv.is_pointwise(kernels)
+    one = x.shape[0] == 1 and out is None and not is_making_graph()
+    if one and not pointwise:
         return _convolve_one(x, kernels[0], bias, conv)
-    if conv.is_pointwise(kernels):
-        size = (x.shape[0], kernels.shape[1], *conv.output_size(x, kernels))
-        if x.shape[0] == 1 and out is None and bias is not None and not is_making_graph():
-            return torch.addmm(bias[:, None], kernels.view(size[1], -1), _columns(x, conv)[0]).view(size)
+    size = (x.shape[0], kernels.shape[1], *conv.output_size(x, kernels.shape[3:]))
+    if one and bias is not None:
+        return torch.addmm(bias[:, None], kernels.view(size[1], -1), _columns(x, conv)[0]).view(size)
+    if pointwise:
         flat = None if out is None else out.flatten(2)
         y = torch.bmm(kernels.flatten(2).squeeze(-1), _columns(x, conv), out=flat).view(size)
     elif conv.prefers_loop(x):
-        y = x.new_empty(x.shape[0], kernels.shape[1], *conv.output_size(x, kernels)) if out is None else out
+        y = x.new_empty(size) if out is None else out
         for i in range(x.shape[0]):
             y[i] = _convolve_one(x[i : i + 1], kernels[i], None, conv)[0]
     else:
