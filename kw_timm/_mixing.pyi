@@ -5,6 +5,7 @@ def mix(
     factors: int,
     offsets: int,
     code: int,
+    add: bool,
     groups: int,
     rows: int,
     num_cells: int,
@@ -12,11 +13,24 @@ def mix(
     width: int,
     coefficient_group: int,
     coefficient_row: int,
+    coefficient_cell: int,
     cell_group: int,
     cell_stride: int,
     out_stride: int,
     in_stride: int,
     channels: int,
+    /,
+) -> None: ...
+def add_dots(
+    out: int,
+    left: int,
+    right: int,
+    code: int,
+    rows: int,
+    num_cells: int,
+    length: int,
+    left_stride: int,
+    right_stride: int,
     /,
 ) -> None: ...
 def use_huge_pages(address: int, size: int, /) -> None: ...

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ..layers.buffers import empty_cache
 from .machine import synchronize
 
 __all__ = ['Call', 'Timing', 'alternate', 'peak_memory', 'relative_difference']
@@ -97,7 +98,8 @@ def peak_memory(call: Call, device: torch.device) -> int:
     Counted is what torch's allocator hands out: activations, kernels, results, temporary buffers. Not counted are the
     buffers of libraries that allocate for themselves (oneDNN's reordered weights on the CPU), and on the CPU the
     release of what was allocated before the call. The call is run twice, so that what it allocates once and for
-    all, gradients that it keeps for instance, is there already.
+    all, gradients that it keeps for instance, is there already; memory that KW layers keep for the next kernels is
+    counted.
     """
     call()
     if device.type == 'cuda':
@@ -107,6 +109,7 @@ def peak_memory(call: Call, device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    empty_cache()
     with _silent_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     now = peak = 0

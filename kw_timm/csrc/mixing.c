@@ -16,27 +16,41 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#define CHUNK 512 /* columns: eight cells' share, and the sums of a few rows, fit the first cache */
-#define STEP 8    /* cells at a time */
-#define ROWS 32   /* rows at a time */
+#define COLUMN_BYTES 2048 /* of a cell at a time, with few rows: four cells' share and their sums fit the first cache */
+#define DOT_BYTES (COLUMN_BYTES + 64)
+#define PANEL_BYTES 960   /* of a cell at a time, with many rows: a multiple of every set's panels */
+#define DEPTH 256         /* cells copied side by side at a time: their share fits the second cache */
+#define MOST_ROWS 288     /* of which sums are kept in the second cache */
+#define MANY_ROWS 8       /* whose coefficients lie side by side */
+#define MANY_FROM 28      /* from so many rows on, copying the cells pays */
+#define FETCH_AHEAD 8     /* cells */
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+#define SETS_OF_X86 1
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONES
 #endif
-#if defined(__GNUC__)
+#define ALWAYS_INLINE inline __attribute__((always_inline))
 #define PREFETCH(address) __builtin_prefetch(address, 0, 2)
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define PREFETCH(address) (void)0
-#define restrict __restrict
+#define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-static inline float widen_bfloat16(uint16_t value)
+#define EACH_LANE(of, d)                                                                                               \
+    {of(d, 0), of(d, 1), of(d, 2),  of(d, 3),  of(d, 4),  of(d, 5),  of(d, 6),  of(d, 7),                              \
+     of(d, 8), of(d, 9), of(d, 10), of(d, 11), of(d, 12), of(d, 13), of(d, 14), of(d, 15)}
+
+static ALWAYS_INLINE float widen_bfloat16(uint16_t value)
 {
     const uint32_t bits = (uint32_t)value << 16;
     float result;
@@ -44,29 +58,47 @@ static inline float widen_bfloat16(uint16_t value)
     return result;
 }
 
-#define REAL float
-#define CELL float
-#define LOAD(x) (x)
-#define MIX_CHUNK mix_chunk_float32
-#include "mix_chunk.h"
+typedef struct {
+    void (*mix_few)(void *, const void *, ptrdiff_t, const void *, ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t,
+                    ptrdiff_t);
+    void (*mix_many)(void *, const void *, const void *, ptrdiff_t, ptrdiff_t, ptrdiff_t,
+                     ptrdiff_t, ptrdiff_t, void *);
+    void (*add_dots)(void *, const void *, ptrdiff_t, ptrdiff_t, const void *, ptrdiff_t, ptrdiff_t, ptrdiff_t, void *);
+} Products;
 
-#define REAL double
-#define CELL double
-#define LOAD(x) (x)
-#define MIX_CHUNK mix_chunk_float64
-#include "mix_chunk.h"
+#define SET(name) name##_any
+#define VECTOR_BYTES 16
+#define PANEL_VECTORS 3
+#define TILE_ROWS 4
+#define FEW_ROWS 2
+#define DOT_ROWS 4
+#include "instruction_set.h"
 
-#define REAL float
-#define CELL uint16_t
-#define LOAD(x) widen_bfloat16(x)
-#define MIX_CHUNK mix_chunk_bfloat16
-#include "mix_chunk.h"
+#if defined(SETS_OF_X86)
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+#define SET(name) name##_v3
+#define VECTOR_BYTES 32
+#define PANEL_VECTORS 3
+#define TILE_ROWS 4
+#define FEW_ROWS 2
+#define DOT_ROWS 2
+#include "instruction_set.h"
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+#define SET(name) name##_v4
+#define VECTOR_BYTES 64
+#define PANEL_VECTORS 3
+#define TILE_ROWS 8
+#define FEW_ROWS 4
+#define DOT_ROWS 4
+#include "instruction_set.h"
+#pragma GCC pop_options
+#endif
 
-#define REAL float
-#define CELL int8_t
-#define LOAD(x) ((float)(x))
-#define MIX_CHUNK mix_chunk_int8
-#include "mix_chunk.h"
+/* By the codes of the types: float32, float64, bfloat16, int8. */
+static const Products *products = products_any;
 
 #include "attention.h"
 
@@ -75,90 +107,205 @@ typedef struct {
     const char *coefficients, *cells, *factors; /* factors: per output channel, or NULL */
     const int64_t *offsets;
     Py_ssize_t groups, rows, num_cells, length, width; /* a cell has `length` elements, in lines of `width` */
-    Py_ssize_t coefficient_group, coefficient_row, cell_group, cell_stride, out_stride, in_stride, channels;
-    int code;
+    Py_ssize_t coefficient_group, coefficient_row, coefficient_cell, cell_group, cell_stride;
+    Py_ssize_t out_stride, in_stride, channels;
+    int code, add;
+    /* What follows is worked out from the above. */
+    Py_ssize_t real_size, cell_size, columns, row_step, work_bytes;
+    char *packed;
 } Task;
 
 /* Store some rows of sums, whose elements alternate in the result, the columns [start, start + width) line by line. */
-#define STORE(NAME, REAL)                                                                                            \
-    static void NAME(const Task *task, REAL *sums, Py_ssize_t rows, int64_t offset, Py_ssize_t start,          \
-                     Py_ssize_t width)                                                                               \
-    {                                                                                                                \
-        for (Py_ssize_t c = 0, length; c < width; c += length) {                                                     \
-            const Py_ssize_t line = (start + c) / task->width, i = (start + c) % task->width;                        \
-            REAL *to = (REAL *)task->out + offset + line * task->out_stride + i * task->in_stride;                   \
-            length = task->width - i < width - c ? task->width - i : width - c;                                      \
-            const REAL *factors = (const REAL *)task->factors;                                                       \
-            if (factors) {                                                                                           \
-                const REAL factor = factors[offset / task->out_stride % task->channels + line];                      \
-                for (Py_ssize_t row = 0; row < rows; row++)                                                          \
-                    for (Py_ssize_t k = 0; k < length; k++)                                                          \
-                        sums[row * CHUNK + c + k] *= factor;                                                         \
-            }                                                                                                        \
-            if (task->in_stride == 1)                                                                                \
-                memcpy(to, sums + c, length * sizeof(REAL));                                                         \
-            else                                                                                                     \
-                for (Py_ssize_t k = 0; k < length; k++)                                                              \
-                    for (Py_ssize_t row = 0; row < rows; row++)                                                      \
-                        to[k * task->in_stride + row] = sums[row * CHUNK + c + k];                                   \
-        }                                                                                                            \
+#define STORE(NAME, REAL)                                                                                              \
+    CLONES static void NAME(const Task *task, REAL *restrict sums, Py_ssize_t rows, int64_t offset, Py_ssize_t start,                  \
+                     Py_ssize_t width)                                                                                 \
+    {                                                                                                                  \
+        const Py_ssize_t columns = task->columns;                                                                      \
+        const REAL *factors = (const REAL *)task->factors;                                                             \
+        for (Py_ssize_t c = 0, length; c < width; c += length) {                                                       \
+            const Py_ssize_t line = (start + c) / task->width, i = (start + c) % task->width;                          \
+            REAL *restrict to = (REAL *)task->out + offset + line * task->out_stride + i * task->in_stride;                     \
+            length = task->width - i < width - c ? task->width - i : width - c;                                        \
+            if (factors) {                                                                                             \
+                const REAL factor = factors[offset / task->out_stride % task->channels + line];                        \
+                for (Py_ssize_t row = 0; row < rows; row++)                                                            \
+                    for (Py_ssize_t k = 0; k < length; k++)                                                            \
+                        sums[row * columns + c + k] *= factor;                                                         \
+            }                                                                                                          \
+            if (task->in_stride == 1 && !task->add)                                                                    \
+                memcpy(to, sums + c, length * sizeof(REAL));                                                           \
+            else if (task->in_stride == 1)                                                                             \
+                for (Py_ssize_t k = 0; k < length; k++)                                                                \
+                    to[k] += sums[c + k];                                                                              \
+            else if (!task->add)                                                                                       \
+                for (Py_ssize_t k = 0; k < length; k++)                                                                \
+                    for (Py_ssize_t row = 0; row < rows; row++)                                                        \
+                        to[k * task->in_stride + row] = sums[row * columns + c + k];                                   \
+            else                                                                                                       \
+                for (Py_ssize_t row = 0; row < rows; row++)                                                            \
+                    for (Py_ssize_t k = 0; k < length; k++)                                                            \
+                        to[k * task->in_stride + row] += sums[row * columns + c + k];                                  \
+        }                                                                                                              \
     }
 STORE(store_float32, float)
 STORE(store_float64, double)
 
-#define MIX(CHUNK_OF, STORE_OF, REAL, CELL)                                                                          \
-    CHUNK_OF((REAL *)sums, (const REAL *)task->coefficients + a, task->coefficient_row,                              \
-             (const CELL *)task->cells + e, task->cell_stride, rows, task->num_cells, width);                        \
-    for (Py_ssize_t row = 0, count; row < rows; row += count) {                                                      \
-        for (count = 1; count < task->in_stride && row + count < rows; count++)                                      \
-            if (offsets[row + count] != offsets[row] + count)                                                        \
-                break;                                                                                               \
-        STORE_OF(task, (REAL *)sums + row * CHUNK, count, offsets[row], start, width);                               \
-    }
+static int has_many_rows(const Task *task) { return task->rows >= MANY_FROM || task->coefficient_cell != 1; }
 
-/* The columns [start, start + CHUNK) of one group's cells, for all rows. */
-static void mix_columns(const Task *task, Py_ssize_t group, Py_ssize_t start)
+static Py_ssize_t padded(Py_ssize_t rows) { return (rows + MANY_ROWS - 1) / MANY_ROWS * MANY_ROWS; }
+
+/* A group's coefficients in the order in which the tiles of many rows take them. */
+#define PACK(NAME, REAL)                                                                                               \
+    static void NAME(const Task *task, Py_ssize_t group)                                                               \
+    {                                                                                                                  \
+        const REAL *from = (const REAL *)task->coefficients + group * task->coefficient_group;                         \
+        REAL *to = (REAL *)task->packed + group * padded(task->rows) * task->num_cells;                                \
+        for (Py_ssize_t r = 0; r < padded(task->rows); r++, from += task->coefficient_row)                             \
+            for (Py_ssize_t j = 0; j < task->num_cells; j++)                                                           \
+                to[(r / MANY_ROWS * task->num_cells + j) * MANY_ROWS + r % MANY_ROWS] =                                \
+                    r < task->rows ? from[j * task->coefficient_cell] : 0;                                             \
+    }
+PACK(pack_float32, float)
+PACK(pack_float64, double)
+
+/* A block of columns of one group's cells, for all rows. */
+static void mix_columns(const Task *task, Py_ssize_t group, Py_ssize_t start, char *work)
 {
-    double sums[ROWS * CHUNK];
-    const Py_ssize_t width = task->length - start < CHUNK ? task->length - start : CHUNK;
-    const Py_ssize_t e = group * task->cell_group + start;
-    for (Py_ssize_t r = 0; r < task->rows; r += ROWS) {
-        const Py_ssize_t rows = task->rows - r < ROWS ? task->rows - r : ROWS;
-        const Py_ssize_t a = group * task->coefficient_group + r * task->coefficient_row;
+    const Py_ssize_t left = task->length - start, width = left < task->columns ? left : task->columns;
+    const char *cells = task->cells + (group * task->cell_group + start) * task->cell_size;
+    const Products *of = products + task->code;
+    const Py_ssize_t ahead = left > width ? width : 0;
+    for (Py_ssize_t r = 0; r < task->rows; r += task->row_step) {
+        const Py_ssize_t rows = task->rows - r < task->row_step ? task->rows - r : task->row_step;
         const int64_t *offsets = task->offsets + group * task->rows + r;
-        switch (task->code) {
-        case 0: MIX(mix_chunk_float32, store_float32, float, float) break;
-        case 1: MIX(mix_chunk_float64, store_float64, double, double) break;
-        case 2: MIX(mix_chunk_bfloat16, store_float32, float, uint16_t) break;
-        default: MIX(mix_chunk_int8, store_float32, float, int8_t)
+        if (has_many_rows(task)) {
+            const Py_ssize_t a = (group * padded(task->rows) + r) * task->num_cells;
+            of->mix_many(work, task->packed + a * task->real_size, cells, task->cell_stride, padded(rows),
+                         task->num_cells, width, ahead, work + MOST_ROWS * PANEL_BYTES);
+        } else {
+            const Py_ssize_t a = group * task->coefficient_group + r * task->coefficient_row;
+            of->mix_few(work, task->coefficients + a * task->real_size, task->coefficient_row, cells,
+                        task->cell_stride, rows, task->num_cells, width, ahead);
+        }
+        for (Py_ssize_t row = 0, count; row < rows; row += count) {
+            char *sums = work + row * task->columns * task->real_size;
+            for (count = 1; count < task->in_stride && row + count < rows; count++)
+                if (offsets[row + count] != offsets[row] + count)
+                    break;
+            if (task->add && row + 4 < rows) /* Rows lie far apart: the processor does not foresee the next ones. */
+                for (Py_ssize_t c = 0; c < width * task->real_size; c += 64)
+                    __builtin_prefetch(task->out + (offsets[row + 4] + start) * task->real_size + c, 1, 2);
+            if (task->code == 1)
+                store_float64(task, (double *)sums, count, offsets[row], start, width);
+            else
+                store_float32(task, (float *)sums, count, offsets[row], start, width);
         }
     }
 }
 
+static Py_ssize_t most_threads(void)
+{
+#if defined(_OPENMP)
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+static Py_ssize_t this_thread(void)
+{
+#if defined(_OPENMP)
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+/* Waking threads costs as much as some 100,000 multiply-adds. */
+static int is_worth_threads(double multiply_adds) { return multiply_adds > 1e5; }
+
+static void *aligned(void *memory) { return (char *)memory + (64 - (uintptr_t)memory % 64); }
+
 static PyObject *mix(PyObject *module, PyObject *args)
 {
+    static const Py_ssize_t cell_sizes[] = {4, 8, 2, 1};
     Task task;
     Py_ssize_t out, coefficients, cells, factors, offsets;
     (void)module;
-    if (!PyArg_ParseTuple(args, "nnnnninnnnnnnnnnnn", &out, &coefficients, &cells, &factors, &offsets, &task.code,
-                          &task.groups, &task.rows, &task.num_cells, &task.length, &task.width, &task.coefficient_group,
-                          &task.coefficient_row, &task.cell_group, &task.cell_stride, &task.out_stride,
-                          &task.in_stride, &task.channels))
+    if (!PyArg_ParseTuple(args, "nnnnniinnnnnnnnnnnnn", &out, &coefficients, &cells, &factors, &offsets, &task.code,
+                          &task.add, &task.groups, &task.rows, &task.num_cells, &task.length, &task.width,
+                          &task.coefficient_group, &task.coefficient_row, &task.coefficient_cell, &task.cell_group,
+                          &task.cell_stride, &task.out_stride, &task.in_stride, &task.channels))
         return NULL;
     task.out = (char *)out;
     task.coefficients = (const char *)coefficients;
     task.cells = (const char *)cells;
     task.factors = (const char *)factors;
     task.offsets = (const int64_t *)offsets;
-    const Py_ssize_t chunks = (task.length + CHUNK - 1) / CHUNK, work = task.groups * chunks;
-    /* Waking threads costs as much as some 100,000 multiply-adds. */
-    const int parallel = (double)task.groups * task.rows * task.num_cells * task.length > 1e5;
+    task.real_size = task.code == 1 ? 8 : 4;
+    task.cell_size = cell_sizes[task.code];
+    const int many = has_many_rows(&task);
+    task.columns = (many ? PANEL_BYTES : COLUMN_BYTES) / task.real_size;
+    task.row_step = many ? MOST_ROWS : MANY_FROM;
+    task.work_bytes = many ? (MOST_ROWS + DEPTH) * PANEL_BYTES : MANY_FROM * COLUMN_BYTES;
+    const Py_ssize_t blocks = (task.length + task.columns - 1) / task.columns, work = task.groups * blocks;
+    const int parallel = is_worth_threads((double)task.groups * task.rows * task.num_cells * task.length);
+    const Py_ssize_t threads = parallel ? most_threads() : 1;
+    const Py_ssize_t packed = many ? task.groups * padded(task.rows) * task.num_cells * task.real_size : 0;
+    void *memory = malloc(threads * task.work_bytes + packed + 64);
+    if (!memory)
+        return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
-    (void)parallel;
-#pragma omp parallel for schedule(static) if (parallel)
+    char *buffers = aligned(memory);
+    task.packed = buffers + threads * task.work_bytes;
+    for (Py_ssize_t group = 0; many && group < task.groups; group++)
+        (task.code == 1 ? pack_float64 : pack_float32)(&task, group);
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (Py_ssize_t w = 0; w < work; w++) /* Groups change fastest: their results may lie between one another's. */
-        mix_columns(&task, w % task.groups, w / task.groups * CHUNK);
+        mix_columns(&task, w % task.groups, w / task.groups * task.columns, buffers + this_thread() * task.work_bytes);
     Py_END_ALLOW_THREADS
+    free(memory);
+    Py_RETURN_NONE;
+}
+
+/* dots[row][cell] += sum over columns of left[row][column] * right[cell][column], in blocks of columns. */
+static PyObject *add_dots(PyObject *module, PyObject *args)
+{
+    Py_ssize_t out, left, right, rows, num_cells, length, left_stride, right_stride;
+    int code;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "nnninnnnn", &out, &left, &right, &code, &rows, &num_cells, &length, &left_stride,
+                          &right_stride))
+        return NULL;
+    const Py_ssize_t size = code == 1 ? 8 : 4, columns = COLUMN_BYTES / size, count = rows * num_cells;
+    const Py_ssize_t blocks = (length + columns - 1) / columns, step = rows < MOST_ROWS ? rows : MOST_ROWS;
+    const Py_ssize_t threads = is_worth_threads((double)count * length) ? most_threads() : 1;
+    const Py_ssize_t work_bytes = (step + 4) * DOT_BYTES;
+    char *partial = calloc(threads * count, size), *memory = malloc(threads * work_bytes + 64);
+    if (!partial || !memory) {
+        free(partial);
+        free(memory);
+        return PyErr_NoMemory();
+    }
+    Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (Py_ssize_t b = 0; b < blocks; b++) {
+        const Py_ssize_t c = b * columns, width = length - c < columns ? length - c : columns;
+        for (Py_ssize_t r = 0; r < rows; r += step)
+            products[code].add_dots(partial + (this_thread() * count + r * num_cells) * size,
+                                    (const char *)left + (r * left_stride + c) * size, left_stride,
+                                    rows - r < step ? rows - r : step, (const char *)right + c * size, right_stride,
+                                    num_cells, width, (char *)aligned(memory) + this_thread() * work_bytes);
+    }
+    for (Py_ssize_t t = 0; t < threads; t++)
+        for (Py_ssize_t i = 0; i < count; i++)
+            if (code == 1)
+                ((double *)out)[i] += ((double *)partial)[t * count + i];
+            else
+                ((float *)out)[i] += ((float *)partial)[t * count + i];
+    Py_END_ALLOW_THREADS
+    free(partial);
+    free(memory);
     Py_RETURN_NONE;
 }
 
@@ -178,9 +325,13 @@ static PyObject *use_huge_pages(PyObject *module, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"mix", mix, METH_VARARGS,
-     "mix(out, coefficients, cells, factors, offsets, code, groups, rows, num_cells, length, width, coefficient_group, "
-     "coefficient_row, cell_group, cell_stride, out_stride, in_stride, channels): addresses, then sizes and strides in "
-     "elements. Called by kw_timm.layers.mixing alone, which checks them."},
+     "mix(out, coefficients, cells, factors, offsets, code, add, groups, rows, num_cells, length, width, "
+     "coefficient_group, coefficient_row, coefficient_cell, cell_group, cell_stride, out_stride, in_stride, channels): "
+     "addresses, the types, whether to add to what is there, then sizes and strides in elements. Called by "
+     "kw_timm.layers.mixing alone, which checks them."},
+    {"add_dots", add_dots, METH_VARARGS,
+     "add_dots(out, left, right, code, rows, num_cells, length, left_stride, right_stride): add left @ right.T to out. "
+     "Addresses, the type, then sizes and strides in elements. Called by kw_timm.layers.mixing alone."},
     {"attend", attend, METH_VARARGS,
      "attend(x, first, first_bias, norm_weight, norm_bias, second, second_bias, work, out, batch, channels, pixels, "
      "width, mixtures, logits, epsilon, bases): addresses (work: batch * (channels + width) elements), then sizes. "
@@ -191,4 +342,14 @@ static PyMethodDef methods[] = {
 
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_mixing", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
-PyMODINIT_FUNC PyInit__mixing(void) { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit__mixing(void)
+{
+#if defined(SETS_OF_X86)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
+        products = products_v4;
+    else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+        products = products_v3;
+#endif
+    return PyModule_Create(&definition);
+}

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from .buffers import sum_buffer
 from .functional import Padding, arrange_gradient, check_input, straightforward_conv
-from .mixing import Grid, empty_buffer, is_exporting, is_making_graph, mix_cells, store_products
+from .mixing import Grid, add_dot_products, add_products, is_exporting, is_making_graph, mix_cells
 from .per_sample import Convolution, convolve, convolve_backward
 
 __all__ = ['as_convolution', 'convolve_in_chunks', 'kernel_warehouse_conv', 'straightforward']
@@ -204,7 +205,7 @@ class _KernelWarehouseConv(torch.autograd.Function):
         need_x, need_coefficients, need_cells, need_bias = ctx.needs_input_grad[:4]
         grad_x = None
         grad_coefficients = coefficients.new_zeros(coefficients.shape) if need_coefficients else None
-        grad_cells = empty_buffer(cells.shape, cells) if need_cells else None
+        grad_cells, is_first = sum_buffer(cells) if need_cells else (None, True)
         by_group = grad.unflatten(1, (grid[1], cells.shape[1]))
         for rows in _parts_of_cells(x, coefficients, cells):
             part = cells[:, rows]
@@ -220,8 +221,8 @@ class _KernelWarehouseConv(torch.autograd.Function):
             mixtures = arrange_gradient(grad_kernels, part.shape[1:], grid).flatten(0, 1)
             del grad_kernels
             if grad_coefficients is not None:
-                grad_coefficients.flatten(0, 1).addmm_(mixtures, part.flatten(1).t())
+                add_dot_products(grad_coefficients.flatten(0, 1), mixtures, part.flatten(1))
             if grad_cells is not None:
-                store_products(grad_cells[:, rows].flatten(1), coefficients.flatten(0, 1), mixtures)
+                add_products(grad_cells[:, rows].flatten(1), coefficients.flatten(0, 1), mixtures, overwrite=is_first)
         grad_bias = grad.sum([0, *range(2, grad.dim())]) if need_bias else None
-        return grad_x, grad_coefficients, grad_cells, grad_bias, None, None, None
+        return grad_x, grad_coefficients, grad_cells if is_first else None, grad_bias, None, None, None

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 
+from .buffers import empty_buffer
 from .functional import arrange_kernels
 
 _mixing: ModuleType | None
@@ -20,14 +21,14 @@ except ImportError:  # No compiler where the package was installed.
     _mixing = None
 
 __all__ = [
+    'add_dot_products',
+    'add_products',
     'compiled',
     'compiled_module',
-    'empty_buffer',
     'is_exporting',
     'is_making_graph',
     'is_plain',
     'mix_cells',
-    'store_products',
 ]
 
 Grid = tuple[int, int, int]
@@ -40,9 +41,6 @@ def is_making_graph() -> bool:
     """Return whether what runs is being recorded, and should then serve any batch size."""
     return bool(torch.compiler.is_compiling() or torch.jit.is_tracing())
 
-
-# The C library keeps smaller buffers for the next request.
-_LARGE = 16 * 2**20
 
 # Codes of the compiled module: coefficients and kernels are float64 in the second, float32 in the others.
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.int8: 3}
@@ -90,18 +88,6 @@ def mix_cells(
 def is_plain(tensor: torch.Tensor) -> bool:
     """Return whether a tensor can be computed on at once, which saves what torch takes to find that out."""
     return type(tensor) is torch.Tensor and tensor.device.type == 'cpu' and not torch.compiler.is_compiling()
-
-
-def empty_buffer(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    """Return an uninitialized tensor of the type and device of ``like``, for a large result on the way.
-
-    Beyond some size the system hands out every buffer anew, page by page, which for small pages takes longer than
-    filling it.
-    """
-    buffer = like.new_empty(shape)
-    if _mixing is not None and buffer.device.type == 'cpu' and buffer.nbytes >= _LARGE:
-        _mixing.use_huge_pages(buffer.data_ptr(), buffer.nbytes)
-    return buffer
 
 
 def _mix_with_matmul(
@@ -155,6 +141,7 @@ def _mix_compiled(
         0 if factors is None else factors.data_ptr(),
         offsets.data_ptr(),
         code,
+        False,
         groups,
         batch if groups > 1 else batch * mixtures,
         num_cells,
@@ -162,6 +149,7 @@ def _mix_compiled(
         cell_shape[1] * window,
         coefficients.stride(1),  # from one group to the next
         coefficients.stride(0) if by_sample else coefficients.stride(1),  # from one row to the next
+        1,
         cells.stride(0),
         cells.stride(1),
         line,
@@ -181,41 +169,79 @@ def _with_plain_rows(tensor: torch.Tensor, axes: int) -> torch.Tensor:
     return tensor
 
 
-def store_products(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Store ``left.T @ right``: the gradient that cells get from kernels.
+def add_products(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, overwrite: bool = False) -> None:
+    """Add ``left.T @ right``: the gradient that cells get from kernels.
 
     Args:
         out: ``(n, length)``; the second axis contiguous.
         left: Coefficients, ``(rows, n)``.
         right: Gradients of the mixtures, ``(rows, length)``.
+        overwrite: Take what is in ``out`` for zeros.
     """
-    code = _CODES.get(out.dtype)
-    if _mixing is None or out.device.type != 'cpu' or code not in (0, 1):
-        out.copy_(left.t() @ right)
+    module, code = _module_for(out)
+    if module is None:
+        if overwrite:
+            torch.mm(left.t(), right, out=out)
+        else:
+            out.addmm_(left.t(), right)
         return
     (rows, num_cells), length = left.shape, right.shape[1]
-    left, right = left.t().contiguous(), right.contiguous()
+    right = _with_plain_rows(right, 1)
     offsets = torch.arange(num_cells) * out.stride(0)
-    _mixing.mix(
+    module.mix(
         out.data_ptr(),
         left.data_ptr(),
         right.data_ptr(),
         0,
         offsets.data_ptr(),
         code,
+        not overwrite,
         1,
         num_cells,
         rows,
         length,
         length,
         0,
-        rows,
+        left.stride(1),
+        left.stride(0),
         0,
-        length,
+        right.stride(0),
         length,
         1,
         1,
     )
+
+
+def add_dot_products(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add ``left @ right.T``: the gradient that coefficients get from kernels.
+
+    Args:
+        out: ``(rows, n)``, contiguous.
+        left: Gradients of the mixtures, ``(rows, length)``.
+        right: Cells, ``(n, length)``.
+    """
+    module, code = _module_for(out)
+    if module is None:
+        out.addmm_(left, right.t())
+        return
+    left, right = _with_plain_rows(left, 1), _with_plain_rows(right, 1)
+    module.add_dots(
+        out.data_ptr(),
+        left.data_ptr(),
+        right.data_ptr(),
+        code,
+        *out.shape,
+        left.shape[1],
+        left.stride(0),
+        right.stride(0),
+    )
+
+
+def _module_for(tensor: torch.Tensor) -> tuple[ModuleType | None, int]:
+    """Return the compiled module and its code for a tensor's type; no module where torch has to do."""
+    code = _CODES.get(tensor.dtype, 0)
+    serves = tensor.device.type == 'cpu' and tensor.dtype in (torch.float32, torch.float64)
+    return (_mixing if serves else None), code
 
 
 @lru_cache(maxsize=1024)

@@ -1,0 +1,104 @@
+"""Memory of large tensors on a CPU, used again instead of asked for anew.
+
+Beyond some size the C library takes every buffer from the system and gives it back, and the system backs it page by
+page with zeros: that takes longer than making kernels in it. Here memory of kernels that are no longer needed is kept
+for the next ones, and what all layers of a warehouse add to its gradient goes into one buffer.
+"""
+
+import ctypes
+import math
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_mixing: ModuleType | None
+try:
+    from .. import _mixing
+except ImportError:  # No compiler where the package was installed.
+    _mixing = None
+
+__all__ = ['empty_buffer', 'empty_cache', 'kept_bytes', 'sum_buffer']
+
+# The C library keeps smaller buffers for the next request.
+_LARGE = 16 * 2**20
+_MOST_KEPT = 64 * 2**20
+
+_kept: list[torch.Tensor] = []
+_lock = threading.RLock()  # The same thread may give memory back while it takes some: collecting garbage does.
+
+
+def kept_bytes() -> int:
+    """Return how much memory is kept for the next tensors and used by none."""
+    return sum(memory.nbytes for memory in list(_kept))
+
+
+def empty_cache() -> None:
+    """Give memory that is kept back to the system."""
+    _kept.clear()
+
+
+def empty_buffer(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """Return an uninitialized contiguous tensor of the type and device of ``like``."""
+    if like.device.type != 'cpu' or math.prod(shape) * like.element_size() < _LARGE:
+        return like.new_empty(shape)
+    return _lend(shape, like.dtype)[0]
+
+
+def _lend(shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, Any]:
+    """Return a tensor and what lives as long as any tensor that shares its memory."""
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    memory = _take(size)
+    memory = _take(size)
+    loan = (ctypes.c_char * size).from_address(memory.data_ptr())
+    weakref.finalize(loan, _keep, memory).atexit = False
+    return torch.frombuffer(loan, dtype=dtype, count=count).view(tuple(shape)), loan
+
+
+def _take(size: int) -> torch.Tensor:
+    with _lock:
+        fitting = [memory for memory in _kept if size <= memory.nbytes <= 2 * size]
+        if fitting:
+            best = min(fitting, key=lambda memory: memory.nbytes)
+            _kept[:] = [memory for memory in _kept if memory is not best]
+            return best
+    memory = torch.empty(size, dtype=torch.uint8)
+    if _mixing is not None:
+        _mixing.use_huge_pages(memory.data_ptr(), size)
+    return memory
+
+
+def _keep(memory: torch.Tensor) -> None:
+    with _lock:
+        if memory.nbytes <= _MOST_KEPT:
+            _kept.append(memory)
+        while kept_bytes() > _MOST_KEPT:
+            del _kept[0]
+
+
+# By backward pass and cells, the loan of the buffer that the pass adds their gradient up in.
+_sums: dict[tuple[int, int], weakref.ref[Any]] = {}
+_pass_id: Callable[[], int] = getattr(torch._C, '_current_graph_task_id', lambda: -1)
+
+
+def sum_buffer(cells: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Return where a layer's backward adds the gradient of its cells, and whether it is the first of this pass to.
+
+    The first gets an uninitialized buffer, fills it and returns it as its gradient. The pass keeps that until every
+    layer with the same cells is done; meanwhile the others add to it, and return no gradient. When the pass lets go of
+    the buffer (because it added something itself, or needs no gradient of the cells), the next layer is a first one.
+    """
+    key = _pass_id(), id(cells)
+    shared = key[0] >= 0 and cells.is_leaf and cells.device.type == 'cpu' and cells.nbytes >= _LARGE
+    loan = _sums[key]() if shared and key in _sums else None
+    if loan is not None:
+        return torch.frombuffer(loan, dtype=cells.dtype, count=cells.numel()).view(cells.shape), False
+    if not shared:
+        return empty_buffer(cells.shape, cells), True
+    buffer, loan = _lend(cells.shape, cells.dtype)
+    _sums[key] = weakref.ref(loan, lambda _: _sums.pop(key, None))
+    return buffer, True
