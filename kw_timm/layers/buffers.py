@@ -53,7 +53,6 @@ def _lend(shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, Any]:
     count = math.prod(shape)
     size = count * dtype.itemsize
     memory = _take(size)
-    memory = _take(size)
     loan = (ctypes.c_char * size).from_address(memory.data_ptr())
     weakref.finalize(loan, _keep, memory).atexit = False
     return torch.frombuffer(loan, dtype=dtype, count=count).view(tuple(shape)), loan

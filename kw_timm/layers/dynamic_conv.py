@@ -223,6 +223,7 @@ class _KernelWarehouseConv(torch.autograd.Function):
             if grad_coefficients is not None:
                 add_dot_products(grad_coefficients.flatten(0, 1), mixtures, part.flatten(1))
             if grad_cells is not None:
-                add_products(grad_cells[:, rows].flatten(1), coefficients.flatten(0, 1), mixtures, overwrite=is_first)
+                left = coefficients.flatten(0, 1).t()
+                add_products(grad_cells[:, rows].flatten(1)[None], left[None], mixtures[None], overwrite=is_first)
         grad_bias = grad.sum([0, *range(2, grad.dim())]) if need_bias else None
         return grad_x, grad_coefficients, grad_cells if is_first else None, grad_bias, None, None, None

@@ -170,24 +170,21 @@ def _with_plain_rows(tensor: torch.Tensor, axes: int) -> torch.Tensor:
 
 
 def add_products(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, overwrite: bool = False) -> None:
-    """Add ``left.T @ right``: the gradient that cells get from kernels.
+    """Add ``left @ right``, as ``torch.baddbmm``: fast where ``left`` is small and the other two are wide.
 
     Args:
-        out: ``(n, length)``; the second axis contiguous.
-        left: Coefficients, ``(rows, n)``.
-        right: Gradients of the mixtures, ``(rows, length)``.
+        out: ``(G, rows, length)``, the last axis contiguous.
+        left: ``(G, rows, n)``.
+        right: ``(G, n, length)``.
         overwrite: Take what is in ``out`` for zeros.
     """
     module, code = _module_for(out)
     if module is None:
-        if overwrite:
-            torch.mm(left.t(), right, out=out)
-        else:
-            out.addmm_(left.t(), right)
+        torch.baddbmm(out, left, right, beta=0 if overwrite else 1, out=out)
         return
-    (rows, num_cells), length = left.shape, right.shape[1]
-    right = _with_plain_rows(right, 1)
-    offsets = torch.arange(num_cells) * out.stride(0)
+    right = _with_plain_rows(right, 2)
+    (groups, rows, num_cells), length = left.shape, right.shape[2]
+    offsets = (torch.arange(groups)[:, None] * out.stride(0) + torch.arange(rows) * out.stride(1)).contiguous()
     module.mix(
         out.data_ptr(),
         left.data_ptr(),
@@ -196,16 +193,16 @@ def add_products(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, 
         offsets.data_ptr(),
         code,
         not overwrite,
-        1,
-        num_cells,
+        groups,
         rows,
+        num_cells,
         length,
         length,
-        0,
-        left.stride(1),
         left.stride(0),
-        0,
+        left.stride(1),
+        left.stride(2),
         right.stride(0),
+        right.stride(1),
         length,
         1,
         1,
