@@ -29,8 +29,8 @@
 #define DEPTH 256         /* cells copied side by side at a time: their share fits the second cache */
 #define MOST_ROWS 288     /* of which sums are kept in the second cache */
 #define MANY_ROWS 8       /* whose coefficients lie side by side */
+#define MOST_SPARE (32 << 20) /* bytes */
 #define MANY_FROM 28      /* from so many rows on, copying the cells pays */
-#define FETCH_AHEAD 8     /* cells */
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
 #define SETS_OF_X86 1
@@ -59,8 +59,7 @@ static ALWAYS_INLINE float widen_bfloat16(uint16_t value)
 }
 
 typedef struct {
-    void (*mix_few)(void *, const void *, ptrdiff_t, const void *, ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t,
-                    ptrdiff_t);
+    void (*mix_few)(void *, const void *, const void *, ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t);
     void (*mix_many)(void *, const void *, const void *, ptrdiff_t, ptrdiff_t, ptrdiff_t,
                      ptrdiff_t, ptrdiff_t, void *);
     void (*add_dots)(void *, const void *, ptrdiff_t, ptrdiff_t, const void *, ptrdiff_t, ptrdiff_t, ptrdiff_t, void *);
@@ -70,7 +69,7 @@ typedef struct {
 #define VECTOR_BYTES 16
 #define PANEL_VECTORS 3
 #define TILE_ROWS 4
-#define FEW_ROWS 2
+#define FEW_ROWS 6
 #define DOT_ROWS 4
 #include "instruction_set.h"
 
@@ -81,7 +80,7 @@ typedef struct {
 #define VECTOR_BYTES 32
 #define PANEL_VECTORS 3
 #define TILE_ROWS 4
-#define FEW_ROWS 2
+#define FEW_ROWS 6
 #define DOT_ROWS 2
 #include "instruction_set.h"
 #pragma GCC pop_options
@@ -91,7 +90,7 @@ typedef struct {
 #define VECTOR_BYTES 64
 #define PANEL_VECTORS 3
 #define TILE_ROWS 8
-#define FEW_ROWS 4
+#define FEW_ROWS 12
 #define DOT_ROWS 4
 #include "instruction_set.h"
 #pragma GCC pop_options
@@ -150,19 +149,23 @@ typedef struct {
 STORE(store_float32, float)
 STORE(store_float64, double)
 
-static int has_many_rows(const Task *task) { return task->rows >= MANY_FROM || task->coefficient_cell != 1; }
+static int has_many_rows(const Task *task) { return task->rows >= MANY_FROM; }
 
-static Py_ssize_t padded(Py_ssize_t rows) { return (rows + MANY_ROWS - 1) / MANY_ROWS * MANY_ROWS; }
+/* How many rows' coefficients lie side by side when they are packed. */
+static Py_ssize_t side_by_side(const Task *task) { return has_many_rows(task) ? MANY_ROWS : task->rows; }
 
-/* A group's coefficients in the order in which the tiles of many rows take them. */
+static Py_ssize_t padded(Py_ssize_t rows, Py_ssize_t multiple) { return (rows + multiple - 1) / multiple * multiple; }
+
+/* A group's coefficients in the order in which the tiles take them: cell by cell, some rows side by side. */
 #define PACK(NAME, REAL)                                                                                               \
     static void NAME(const Task *task, Py_ssize_t group)                                                               \
     {                                                                                                                  \
+        const Py_ssize_t side = side_by_side(task), rows = padded(task->rows, side);                                   \
         const REAL *from = (const REAL *)task->coefficients + group * task->coefficient_group;                         \
-        REAL *to = (REAL *)task->packed + group * padded(task->rows) * task->num_cells;                                \
-        for (Py_ssize_t r = 0; r < padded(task->rows); r++, from += task->coefficient_row)                             \
+        REAL *to = (REAL *)task->packed + group * rows * task->num_cells;                                              \
+        for (Py_ssize_t r = 0; r < rows; r++, from += task->coefficient_row)                                           \
             for (Py_ssize_t j = 0; j < task->num_cells; j++)                                                           \
-                to[(r / MANY_ROWS * task->num_cells + j) * MANY_ROWS + r % MANY_ROWS] =                                \
+                to[(r / side * task->num_cells + j) * side + r % side] =                                               \
                     r < task->rows ? from[j * task->coefficient_cell] : 0;                                             \
     }
 PACK(pack_float32, float)
@@ -175,18 +178,18 @@ static void mix_columns(const Task *task, Py_ssize_t group, Py_ssize_t start, ch
     const char *cells = task->cells + (group * task->cell_group + start) * task->cell_size;
     const Products *of = products + task->code;
     const Py_ssize_t ahead = left > width ? width : 0;
+    if (!task->num_cells)
+        memset(work, 0, task->work_bytes);
     for (Py_ssize_t r = 0; r < task->rows; r += task->row_step) {
         const Py_ssize_t rows = task->rows - r < task->row_step ? task->rows - r : task->row_step;
         const int64_t *offsets = task->offsets + group * task->rows + r;
-        if (has_many_rows(task)) {
-            const Py_ssize_t a = (group * padded(task->rows) + r) * task->num_cells;
-            of->mix_many(work, task->packed + a * task->real_size, cells, task->cell_stride, padded(rows),
-                         task->num_cells, width, ahead, work + MOST_ROWS * PANEL_BYTES);
-        } else {
-            const Py_ssize_t a = group * task->coefficient_group + r * task->coefficient_row;
-            of->mix_few(work, task->coefficients + a * task->real_size, task->coefficient_row, cells,
-                        task->cell_stride, rows, task->num_cells, width, ahead);
-        }
+        const char *coefficients =
+            task->packed + (group * padded(task->rows, side_by_side(task)) + r) * task->num_cells * task->real_size;
+        if (has_many_rows(task))
+            of->mix_many(work, coefficients, cells, task->cell_stride, padded(rows, MANY_ROWS), task->num_cells, width,
+                         ahead, work + MOST_ROWS * PANEL_BYTES);
+        else
+            of->mix_few(work, coefficients, cells, task->cell_stride, rows, task->num_cells, width, ahead);
         for (Py_ssize_t row = 0, count; row < rows; row += count) {
             char *sums = work + row * task->columns * task->real_size;
             for (count = 1; count < task->in_stride && row + count < rows; count++)
@@ -224,7 +227,35 @@ static Py_ssize_t this_thread(void)
 /* Waking threads costs as much as some 100,000 multiply-adds. */
 static int is_worth_threads(double multiply_adds) { return multiply_adds > 1e5; }
 
-static void *aligned(void *memory) { return (char *)memory + (64 - (uintptr_t)memory % 64); }
+/* The last call's memory serves the next: asked for anew, the system would back it page by page. */
+typedef struct {
+    char *memory; /* NULL if there was none to have */
+    Py_ssize_t size;
+} Block;
+static Block spare;
+
+/* Called with the interpreter's lock held, as is give_back. */
+static Block borrow(Py_ssize_t size)
+{
+    Block block = spare;
+    spare = (Block){NULL, 0};
+    if (block.size < size) {
+        free(block.memory);
+        block.memory = malloc(size);
+        block.size = block.memory ? size : 0;
+    }
+    return block;
+}
+
+static void give_back(Block block)
+{
+    if (spare.memory || block.size > MOST_SPARE)
+        free(block.memory);
+    else
+        spare = block;
+}
+
+static char *aligned(char *memory) { return memory + (64 - (uintptr_t)memory % 64); }
 
 static PyObject *mix(PyObject *module, PyObject *args)
 {
@@ -237,6 +268,8 @@ static PyObject *mix(PyObject *module, PyObject *args)
                           &task.coefficient_group, &task.coefficient_row, &task.coefficient_cell, &task.cell_group,
                           &task.cell_stride, &task.out_stride, &task.in_stride, &task.channels))
         return NULL;
+    if (!task.groups || !task.rows || !task.length)
+        Py_RETURN_NONE;
     task.out = (char *)out;
     task.coefficients = (const char *)coefficients;
     task.cells = (const char *)cells;
@@ -251,20 +284,21 @@ static PyObject *mix(PyObject *module, PyObject *args)
     const Py_ssize_t blocks = (task.length + task.columns - 1) / task.columns, work = task.groups * blocks;
     const int parallel = is_worth_threads((double)task.groups * task.rows * task.num_cells * task.length);
     const Py_ssize_t threads = parallel ? most_threads() : 1;
-    const Py_ssize_t packed = many ? task.groups * padded(task.rows) * task.num_cells * task.real_size : 0;
-    void *memory = malloc(threads * task.work_bytes + packed + 64);
-    if (!memory)
+    const Py_ssize_t packed =
+        task.groups * padded(task.rows, side_by_side(&task)) * task.num_cells * task.real_size;
+    const Block block = borrow(threads * task.work_bytes + packed + 64);
+    if (!block.memory)
         return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
-    char *buffers = aligned(memory);
+    char *buffers = aligned(block.memory);
     task.packed = buffers + threads * task.work_bytes;
-    for (Py_ssize_t group = 0; many && group < task.groups; group++)
+    for (Py_ssize_t group = 0; group < task.groups; group++)
         (task.code == 1 ? pack_float64 : pack_float32)(&task, group);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (Py_ssize_t w = 0; w < work; w++) /* Groups change fastest: their results may lie between one another's. */
         mix_columns(&task, w % task.groups, w / task.groups * task.columns, buffers + this_thread() * task.work_bytes);
     Py_END_ALLOW_THREADS
-    free(memory);
+    give_back(block);
     Py_RETURN_NONE;
 }
 
@@ -280,14 +314,13 @@ static PyObject *add_dots(PyObject *module, PyObject *args)
     const Py_ssize_t size = code == 1 ? 8 : 4, columns = COLUMN_BYTES / size, count = rows * num_cells;
     const Py_ssize_t blocks = (length + columns - 1) / columns, step = rows < MOST_ROWS ? rows : MOST_ROWS;
     const Py_ssize_t threads = is_worth_threads((double)count * length) ? most_threads() : 1;
-    const Py_ssize_t work_bytes = (step + 4) * DOT_BYTES;
-    char *partial = calloc(threads * count, size), *memory = malloc(threads * work_bytes + 64);
-    if (!partial || !memory) {
-        free(partial);
-        free(memory);
+    const Py_ssize_t work_bytes = (step + 4) * DOT_BYTES, partial_bytes = threads * count * size;
+    const Block block = borrow(threads * work_bytes + partial_bytes + 64);
+    if (!block.memory)
         return PyErr_NoMemory();
-    }
     Py_BEGIN_ALLOW_THREADS
+    char *work = aligned(block.memory), *partial = work + threads * work_bytes;
+    memset(partial, 0, partial_bytes);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (Py_ssize_t b = 0; b < blocks; b++) {
         const Py_ssize_t c = b * columns, width = length - c < columns ? length - c : columns;
@@ -295,7 +328,7 @@ static PyObject *add_dots(PyObject *module, PyObject *args)
             products[code].add_dots(partial + (this_thread() * count + r * num_cells) * size,
                                     (const char *)left + (r * left_stride + c) * size, left_stride,
                                     rows - r < step ? rows - r : step, (const char *)right + c * size, right_stride,
-                                    num_cells, width, (char *)aligned(memory) + this_thread() * work_bytes);
+                                    num_cells, width, work + this_thread() * work_bytes);
     }
     for (Py_ssize_t t = 0; t < threads; t++)
         for (Py_ssize_t i = 0; i < count; i++)
@@ -304,8 +337,7 @@ static PyObject *add_dots(PyObject *module, PyObject *args)
             else
                 ((float *)out)[i] += ((float *)partial)[t * count + i];
     Py_END_ALLOW_THREADS
-    free(partial);
-    free(memory);
+    give_back(block);
     Py_RETURN_NONE;
 }
 
@@ -323,6 +355,34 @@ static PyObject *use_huge_pages(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static int select_products(int bytes)
+{
+    products = products_any;
+#if defined(SETS_OF_X86)
+    if (bytes >= 64 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd")) {
+        products = products_v4;
+        return 64;
+    }
+    if (bytes >= 32 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("bmi2")) {
+        products = products_v3;
+        return 32;
+    }
+#endif
+    (void)bytes;
+    return 16;
+}
+
+static PyObject *use_vectors(PyObject *module, PyObject *args)
+{
+    int bytes;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "i", &bytes))
+        return NULL;
+    return PyLong_FromLong(select_products(bytes));
+}
+
 static PyMethodDef methods[] = {
     {"mix", mix, METH_VARARGS,
      "mix(out, coefficients, cells, factors, offsets, code, add, groups, rows, num_cells, length, width, "
@@ -336,6 +396,9 @@ static PyMethodDef methods[] = {
      "attend(x, first, first_bias, norm_weight, norm_bias, second, second_bias, work, out, batch, channels, pixels, "
      "width, mixtures, logits, epsilon, bases): addresses (work: batch * (channels + width) elements), then sizes. "
      "Called by kw_timm.layers.folded_attention alone, which checks them."},
+    {"use_vectors", use_vectors, METH_VARARGS,
+     "use_vectors(bytes): use the widest vectors that the processor has and that have at most so many bytes; return "
+     "their bytes. For tests."},
     {"use_huge_pages", use_huge_pages, METH_VARARGS,
      "use_huge_pages(address, size): have the system back memory that was not yet written by large pages."},
     {NULL, NULL, 0, NULL}};
@@ -344,12 +407,6 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_mixing", NULL, 
 
 PyMODINIT_FUNC PyInit__mixing(void)
 {
-#if defined(SETS_OF_X86)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
-        products = products_v4;
-    else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-        products = products_v3;
-#endif
+    select_products(64);
     return PyModule_Create(&definition);
 }

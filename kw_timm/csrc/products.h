@@ -23,22 +23,39 @@ typedef REAL VECTOR __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REA
 
 static ALWAYS_INLINE VECTOR FUNCTION(broadcast)(REAL value) { return (VECTOR){0} + value; }
 
-/* Few rows: sums stay in the first cache while four cells at a time are added; cells further on are fetched. */
-static ALWAYS_INLINE void FUNCTION(few_tile)(const int rows, const int count, const int fetched, REAL *sums,
-                                             const REAL *coefficients, ptrdiff_t row_stride, const CELL *cells,
-                                             ptrdiff_t cell_stride, ptrdiff_t width, const int first,
-                                             const CELL *const *next)
+/* The columns that fill no vector. */
+static ALWAYS_INLINE void FUNCTION(add_columns)(const int rows, REAL *sums, const REAL *coefficients,
+                                                ptrdiff_t row_count, const CELL *cells, ptrdiff_t cell_stride,
+                                                ptrdiff_t count, ptrdiff_t width, int first)
+{
+    for (ptrdiff_t c = 0; c < width; c++)
+        for (int r = 0; r < rows; r++) {
+            REAL sum = first ? 0 : sums[r * FEW_COLUMNS + c];
+            for (ptrdiff_t j = 0; j < count; j++)
+                sum += coefficients[j * row_count + r] * WIDEN(cells[j * cell_stride + c]);
+            sums[r * FEW_COLUMNS + c] = sum;
+        }
+}
+
+/*
+ * Up to four rows are limited by reading: four cells at a time are read along many columns and added to sums in the first
+ * cache. Up to twelve are limited by arithmetic: sums of a few columns stay in registers while eight cells are added.
+ * Cells further on are fetched meanwhile; they lie too far apart for the processor to do so by itself.
+ */
+static ALWAYS_INLINE void FUNCTION(add_cells)(const int rows, const int count, REAL *sums, const REAL *coefficients,
+                                              const CELL *cells, const CELL *next, ptrdiff_t cell_stride,
+                                              ptrdiff_t width, const int first)
 {
     VECTOR a[4][4];
     ptrdiff_t c = 0;
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < count; j++)
-        a[r][j] = FUNCTION(broadcast)(coefficients[r * row_stride + j]);
+        a[r][j] = FUNCTION(broadcast)(coefficients[j * rows + r]);
     for (; c + LANES <= width; c += LANES) {
         VECTOR s[4];
         UNROLL for (int r = 0; r < rows; r++)
             s[r] = first ? (VECTOR){0} : VECTOR_AT(sums + r * FEW_COLUMNS + c);
-        UNROLL for (int j = 0; j < fetched; j++)
-            PREFETCH(next[j] + c);
+        UNROLL for (int j = 0; j < count; j++)
+            PREFETCH(next + j * cell_stride + c);
         UNROLL for (int j = 0; j < count; j++) {
             const VECTOR x = LOAD(cells + j * cell_stride + c);
             UNROLL for (int r = 0; r < rows; r++)
@@ -47,54 +64,87 @@ static ALWAYS_INLINE void FUNCTION(few_tile)(const int rows, const int count, co
         UNROLL for (int r = 0; r < rows; r++)
             VECTOR_AT(sums + r * FEW_COLUMNS + c) = s[r];
     }
-    for (; c < width; c++)
-        for (int r = 0; r < rows; r++) {
-            REAL sum = first ? 0 : sums[r * FEW_COLUMNS + c];
-            for (int j = 0; j < count; j++)
-                sum += coefficients[r * row_stride + j] * WIDEN(cells[j * cell_stride + c]);
-            sums[r * FEW_COLUMNS + c] = sum;
-        }
+    FUNCTION(add_columns)(rows, sums + c, coefficients, rows, cells + c, cell_stride, count, width - c, first);
 }
 
-#define FEW_TILE(rows, count, fetched)                                                                                 \
-    FUNCTION(few_tile)(rows, count, fetched, sums + r * FEW_COLUMNS, coefficients + r * row_stride + j, row_stride,    \
-                       cells + j * cell_stride, cell_stride, width, j == 0, next)
-#define FEW_TILES(count, fetched)                                                                                      \
-    switch (tile) {                                                                                                    \
-    case 1: FEW_TILE(1, count, fetched); break;                                                                        \
-    case 2: FEW_TILE(2, count, fetched); break;                                                                        \
-    case 3: FEW_TILE(3, count, fetched); break;                                                                        \
-    default: FEW_TILE(4, count, fetched);                                                                              \
+static ALWAYS_INLINE void FUNCTION(few_tile)(const int rows, const int vectors, REAL *sums, const REAL *coefficients,
+                                             ptrdiff_t row_count, const CELL *cells, const CELL *next,
+                                             ptrdiff_t cell_stride, ptrdiff_t count, const int first)
+{
+    VECTOR s[FEW_ROWS][2];
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < vectors; v++)
+        s[r][v] = first ? (VECTOR){0} : VECTOR_AT(sums + r * FEW_COLUMNS + v * LANES);
+    for (ptrdiff_t j = 0; j < count; j++, cells += cell_stride, next += cell_stride, coefficients += row_count) {
+        VECTOR x[2];
+        UNROLL for (int v = 0; v < vectors; v++) {
+            PREFETCH(next + v * LANES);
+            x[v] = LOAD(cells + v * LANES);
+        }
+        UNROLL for (int r = 0; r < rows; r++) {
+            const VECTOR a = FUNCTION(broadcast)(coefficients[r]);
+            UNROLL for (int v = 0; v < vectors; v++)
+                s[r][v] += a * x[v];
+        }
     }
-#define FEW_STEP(fetched)                                                                                              \
-    switch (count) {                                                                                                   \
-    case 1: FEW_TILES(1, fetched) break;                                                                               \
-    case 2: FEW_TILES(2, fetched) break;                                                                               \
-    case 3: FEW_TILES(3, fetched) break;                                                                               \
-    default: FEW_TILES(4, fetched)                                                                                     \
-    }
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < vectors; v++)
+        VECTOR_AT(sums + r * FEW_COLUMNS + v * LANES) = s[r][v];
+}
 
-static void FUNCTION(mix_few)(void *to, const void *from, ptrdiff_t row_stride, const void *first_cell,
-                              ptrdiff_t cell_stride, ptrdiff_t rows, ptrdiff_t num_cells, ptrdiff_t width,
-                              ptrdiff_t ahead)
+static ALWAYS_INLINE void FUNCTION(add_rows)(const int rows, REAL *sums, const REAL *coefficients, ptrdiff_t row_count,
+                                             const CELL *cells, const CELL *next, ptrdiff_t cell_stride,
+                                             ptrdiff_t count, ptrdiff_t width, int first)
+{
+    ptrdiff_t c = 0;
+    for (; c + 2 * LANES <= width; c += 2 * LANES)
+        FUNCTION(few_tile)(rows, 2, sums + c, coefficients, row_count, cells + c, next + c, cell_stride, count, first);
+    for (; c + LANES <= width; c += LANES)
+        FUNCTION(few_tile)(rows, 1, sums + c, coefficients, row_count, cells + c, next + c, cell_stride, count, first);
+    FUNCTION(add_columns)(rows, sums + c, coefficients, row_count, cells + c, cell_stride, count, width - c, first);
+}
+
+#define CELLS(rows, count)                                                                                             \
+    FUNCTION(add_cells)(rows, count, sums, coefficients + j * rows, cells + j * cell_stride, next, cell_stride, width, \
+                        j == 0)
+#define CASE_OF_CELLS(rows)                                                                                            \
+    case rows:                                                                                                         \
+        switch (count) {                                                                                               \
+        case 1: CELLS(rows, 1); break;                                                                                 \
+        case 2: CELLS(rows, 2); break;                                                                                 \
+        case 3: CELLS(rows, 3); break;                                                                                 \
+        default: CELLS(rows, 4);                                                                                       \
+        }                                                                                                              \
+        break;
+#define CASE_OF_ROWS(rows)                                                                                             \
+    case rows:                                                                                                         \
+        if (rows <= FEW_ROWS)                                                                                          \
+            FUNCTION(add_rows)(rows <= FEW_ROWS ? rows : 1, sums + r * FEW_COLUMNS, coefficients + j * row_count + r,  \
+                               row_count, cells + j * cell_stride, next, cell_stride, count, width, j == 0);           \
+        break;
+
+/* `coefficients` are packed: for each cell, those of all rows. */
+static void FUNCTION(mix_few)(void *to, const void *from, const void *first_cell, ptrdiff_t cell_stride,
+                              ptrdiff_t row_count, ptrdiff_t num_cells, ptrdiff_t width, ptrdiff_t ahead)
 {
     REAL *sums = to;
     const REAL *coefficients = from;
     const CELL *cells = first_cell;
-    const ptrdiff_t steps = (num_cells + 3) / 4, tiles = (rows + FEW_ROWS - 1) / FEW_ROWS;
-    for (ptrdiff_t step = 0; step < steps; step++) {
-        const ptrdiff_t j = num_cells * step / steps, count = num_cells * (step + 1) / steps - j;
-        const CELL *next[4];
-        for (ptrdiff_t k = 0; k < 4; k++) { /* Behind the last cell, the first of the next columns. */
-            const ptrdiff_t cell = j + FETCH_AHEAD + k;
-            next[k] = cells + (cell < num_cells ? cell * cell_stride : ahead + cell % num_cells * cell_stride);
-        }
-        for (ptrdiff_t t = 0; t < tiles; t++) {
-            const ptrdiff_t r = rows * t / tiles, tile = rows * (t + 1) / tiles - r;
-            if (t == 0)
-                FEW_STEP(4)
-            else
-                FEW_STEP(0)
+    const ptrdiff_t most = row_count <= 4 ? 4 : 8, steps = (num_cells + most - 1) / most;
+    const ptrdiff_t tiles = (row_count + FEW_ROWS - 1) / FEW_ROWS;
+    for (ptrdiff_t step = 0, j = 0, end; step < steps; step++, j = end) {
+        end = num_cells * (step + 1) / steps;
+        const ptrdiff_t count = end - j, fetched = row_count <= 4 ? end + 4 : end;
+        /* Behind the last cell, the first of the next columns. */
+        const CELL *next = cells + (fetched < num_cells ? fetched * cell_stride : ahead + (fetched - num_cells) * cell_stride);
+        switch (row_count) {
+            CASE_OF_CELLS(1) CASE_OF_CELLS(2) CASE_OF_CELLS(3) CASE_OF_CELLS(4)
+        default:
+            for (ptrdiff_t tile = 0, r = 0, stop; tile < tiles; tile++, r = stop) {
+                stop = row_count * (tile + 1) / tiles;
+                switch (stop - r) {
+                    CASE_OF_ROWS(3) CASE_OF_ROWS(4) CASE_OF_ROWS(5) CASE_OF_ROWS(6) CASE_OF_ROWS(7) CASE_OF_ROWS(8)
+                    CASE_OF_ROWS(9) CASE_OF_ROWS(10) CASE_OF_ROWS(11) CASE_OF_ROWS(12)
+                }
+            }
         }
     }
 }
@@ -269,6 +319,6 @@ static void FUNCTION(add_dots)(void *sums, const void *left_rows, ptrdiff_t left
 #undef VECTOR_AT
 #undef EVEN
 #undef ODD
-#undef FEW_TILE
-#undef FEW_TILES
-#undef FEW_STEP
+#undef CELLS
+#undef CASE_OF_CELLS
+#undef CASE_OF_ROWS
