@@ -67,7 +67,17 @@ def test_kernels_from_fewer_bits(bits):
 
 @pytest.mark.parametrize('overwrite', [True, False])
 def test_products_are_added(overwrite, dtype):
-    for rows, n, length in ((1, 1, 1), (0, 2, 3), (2, 0, 3), (2, 3, 0), (5, 3, 700), (11, 40, 64), (47, 9, 1030), (300, 36, 250), (600, 8, 33)):
+    for rows, n, length in (
+        (1, 1, 1),
+        (0, 2, 3),
+        (2, 0, 3),
+        (2, 3, 0),
+        (5, 3, 700),
+        (11, 40, 64),
+        (47, 9, 1030),
+        (300, 36, 250),
+        (600, 8, 33),
+    ):
         left, right = torch.randn(2, n, rows, dtype=dtype).transpose(1, 2), torch.randn(2, n, length, dtype=dtype)
         whole = torch.randn(2, rows, length + 5, dtype=dtype)
         before = whole.clone()
@@ -85,7 +95,17 @@ def test_products_replace_what_is_no_number(dtype):
 
 
 def test_dot_products_are_added(dtype):
-    for rows, n, length in ((1, 1, 1), (0, 2, 3), (2, 0, 3), (2, 3, 0), (3, 5, 8), (4, 4, 512), (9, 47, 1000), (300, 6, 700), (34, 601, 513)):
+    for rows, n, length in (
+        (1, 1, 1),
+        (0, 2, 3),
+        (2, 0, 3),
+        (2, 3, 0),
+        (3, 5, 8),
+        (4, 4, 512),
+        (9, 47, 1000),
+        (300, 6, 700),
+        (34, 601, 513),
+    ):
         left, right = torch.randn(rows, length + 3, dtype=dtype)[:, :length], torch.randn(n, length, dtype=dtype)
         out = torch.randn(rows, n, dtype=dtype)
         expected = out.double() + left.double() @ right.double().t()
