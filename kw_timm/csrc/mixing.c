@@ -23,8 +23,12 @@
 #include <sys/mman.h>
 #endif
 
+#if !defined(__GNUC__)
+#error "The vector types are those of GCC and Clang. Without this module torch's operations are used."
+#endif
+
 #define COLUMN_BYTES 2048 /* of a cell at a time, with few rows: four cells' share and their sums fit the first cache */
-#define DOT_BYTES (COLUMN_BYTES + 64)
+#define DOT_BYTES (COLUMN_BYTES + 64) /* from one copied row to the next */
 #define PANEL_BYTES 960   /* of a cell at a time, with many rows: a multiple of every set's panels */
 #define DEPTH 256         /* cells copied side by side at a time: their share fits the second cache */
 #define MOST_ROWS 288     /* of which sums are kept in the second cache */
@@ -116,14 +120,14 @@ typedef struct {
 
 /* Store some rows of sums, whose elements alternate in the result, the columns [start, start + width) line by line. */
 #define STORE(NAME, REAL)                                                                                              \
-    CLONES static void NAME(const Task *task, REAL *restrict sums, Py_ssize_t rows, int64_t offset, Py_ssize_t start,                  \
-                     Py_ssize_t width)                                                                                 \
+    CLONES static void NAME(const Task *task, REAL *restrict sums, Py_ssize_t rows, int64_t offset, Py_ssize_t start,  \
+                            Py_ssize_t width)                                                                          \
     {                                                                                                                  \
         const Py_ssize_t columns = task->columns;                                                                      \
         const REAL *factors = (const REAL *)task->factors;                                                             \
         for (Py_ssize_t c = 0, length; c < width; c += length) {                                                       \
             const Py_ssize_t line = (start + c) / task->width, i = (start + c) % task->width;                          \
-            REAL *restrict to = (REAL *)task->out + offset + line * task->out_stride + i * task->in_stride;                     \
+            REAL *restrict to = (REAL *)task->out + offset + line * task->out_stride + i * task->in_stride;            \
             length = task->width - i < width - c ? task->width - i : width - c;                                        \
             if (factors) {                                                                                             \
                 const REAL factor = factors[offset / task->out_stride % task->channels + line];                        \
@@ -206,11 +210,15 @@ static void mix_columns(const Task *task, Py_ssize_t group, Py_ssize_t start, ch
     }
 }
 
-static Py_ssize_t most_threads(void)
+/* Waking threads costs as much as some 100,000 multiply-adds. */
+static Py_ssize_t threads_for(double multiply_adds, Py_ssize_t blocks)
 {
 #if defined(_OPENMP)
-    return omp_get_max_threads();
+    const Py_ssize_t most = multiply_adds > 1e5 ? omp_get_max_threads() : 1;
+    return most < blocks ? most : blocks > 1 ? blocks : 1;
 #else
+    (void)multiply_adds;
+    (void)blocks;
     return 1;
 #endif
 }
@@ -223,9 +231,6 @@ static Py_ssize_t this_thread(void)
     return 0;
 #endif
 }
-
-/* Waking threads costs as much as some 100,000 multiply-adds. */
-static int is_worth_threads(double multiply_adds) { return multiply_adds > 1e5; }
 
 /* The last call's memory serves the next: asked for anew, the system would back it page by page. */
 typedef struct {
@@ -282,8 +287,7 @@ static PyObject *mix(PyObject *module, PyObject *args)
     task.row_step = many ? MOST_ROWS : MANY_FROM;
     task.work_bytes = many ? (MOST_ROWS + DEPTH) * PANEL_BYTES : MANY_FROM * COLUMN_BYTES;
     const Py_ssize_t blocks = (task.length + task.columns - 1) / task.columns, work = task.groups * blocks;
-    const int parallel = is_worth_threads((double)task.groups * task.rows * task.num_cells * task.length);
-    const Py_ssize_t threads = parallel ? most_threads() : 1;
+    const Py_ssize_t threads = threads_for((double)task.groups * task.rows * task.num_cells * task.length, work);
     const Py_ssize_t packed =
         task.groups * padded(task.rows, side_by_side(&task)) * task.num_cells * task.real_size;
     const Block block = borrow(threads * task.work_bytes + packed + 64);
@@ -313,7 +317,7 @@ static PyObject *add_dots(PyObject *module, PyObject *args)
         return NULL;
     const Py_ssize_t size = code == 1 ? 8 : 4, columns = COLUMN_BYTES / size, count = rows * num_cells;
     const Py_ssize_t blocks = (length + columns - 1) / columns, step = rows < MOST_ROWS ? rows : MOST_ROWS;
-    const Py_ssize_t threads = is_worth_threads((double)count * length) ? most_threads() : 1;
+    const Py_ssize_t threads = threads_for((double)count * length, blocks);
     const Py_ssize_t work_bytes = (step + 4) * DOT_BYTES, partial_bytes = threads * count * size;
     const Block block = borrow(threads * work_bytes + partial_bytes + 64);
     if (!block.memory)

@@ -5,8 +5,9 @@
  *     add_dots:           dots[row][cell]    += sum over columns of left[row][column] * cells[cell][column]
  *
  * Included once per type and instruction set, with REAL (coefficients, sums, result), CELL (how cells are stored),
- * LOAD(address) (a vector of cells as REAL), FUNCTION(name), VECTOR_BYTES and PANEL_VECTORS defined. The tiles are as
- * large as the registers allow: what keeps the multiply-add units busy is that few operands come from memory.
+ * LOAD(address) (a vector of cells as REAL), WIDEN (one), INTEGER (as large as REAL), FUNCTION(name), VECTOR_BYTES and
+ * the sizes of the tiles defined: FEW_ROWS; TILE_ROWS x PANEL_VECTORS; DOT_ROWS. The tiles are as large as the registers
+ * allow: what keeps the multiply-add units busy is that few operands come from memory.
  */
 
 #define LANES ((ptrdiff_t)(VECTOR_BYTES / sizeof(REAL)))
@@ -38,8 +39,8 @@ static ALWAYS_INLINE void FUNCTION(add_columns)(const int rows, REAL *sums, cons
 }
 
 /*
- * Up to four rows are limited by reading: four cells at a time are read along many columns and added to sums in the first
- * cache. Up to twelve are limited by arithmetic: sums of a few columns stay in registers while eight cells are added.
+ * Up to four rows are limited by reading: four cells at a time are read along many columns and added to sums in the
+ * first cache. Up to twelve are limited by arithmetic: sums of a few columns stay in registers while eight cells are added.
  * Cells further on are fetched meanwhile; they lie too far apart for the processor to do so by itself.
  */
 static ALWAYS_INLINE void FUNCTION(add_cells)(const int rows, const int count, REAL *sums, const REAL *coefficients,
@@ -134,7 +135,8 @@ static void FUNCTION(mix_few)(void *to, const void *from, const void *first_cell
         end = num_cells * (step + 1) / steps;
         const ptrdiff_t count = end - j, fetched = row_count <= 4 ? end + 4 : end;
         /* Behind the last cell, the first of the next columns. */
-        const CELL *next = cells + (fetched < num_cells ? fetched * cell_stride : ahead + (fetched - num_cells) * cell_stride);
+        const CELL *next =
+            cells + (fetched < num_cells ? fetched * cell_stride : ahead + (fetched - num_cells) * cell_stride);
         switch (row_count) {
             CASE_OF_CELLS(1) CASE_OF_CELLS(2) CASE_OF_CELLS(3) CASE_OF_CELLS(4)
         default:
@@ -205,7 +207,7 @@ static void FUNCTION(mix_many)(void *to, const void *from, const void *first_cel
         for (ptrdiff_t r = 0; r < rows; r += TILE_ROWS)
             for (ptrdiff_t c = 0; c < width; c += PANEL, fetched += 64 / (ptrdiff_t)sizeof(CELL))
                 FUNCTION(many_tile)(sums + r * MANY_COLUMNS + c,
-                                    coefficients + r / MANY_ROWS * MANY_ROWS * num_cells + k * MANY_ROWS + r % MANY_ROWS,
+                                    coefficients + (r - r % MANY_ROWS) * num_cells + k * MANY_ROWS + r % MANY_ROWS,
                                     packed + c * depth, depth, k == 0, fetched < width ? next + fetched : cells,
                                     fetched < width ? cell_stride : 0);
     }
