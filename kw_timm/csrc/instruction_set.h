@@ -6,59 +6,38 @@
 #define JOIN_(name, type) SET(name##_##type)
 #define JOIN(name, type) JOIN_(name, type)
 #define FUNCTION(name) JOIN(name, TYPE)
-#define PLAIN_LOAD(address) (*(const FUNCTION(vector) *)(address))
 
 #define REAL float
 #define INTEGER int32_t
 #define TYPE float32
 #define CELL float
-#define WIDEN(x) (x)
-#define LOAD(address) PLAIN_LOAD(address)
 #include "products.h"
-#undef TYPE
-#undef CELL
-#undef WIDEN
-#undef LOAD
 
 typedef uint32_t SET(words) __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t SET(halves) __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
 typedef int8_t SET(bytes) __attribute__((vector_size(VECTOR_BYTES / 4), aligned(1), may_alias));
 
+#define REAL float
+#define INTEGER int32_t
 #define TYPE bfloat16
 #define CELL uint16_t
 #define WIDEN(x) widen_bfloat16(x)
 #define LOAD(address) ((FUNCTION(vector))(__builtin_convertvector(*(const SET(halves) *)(address), SET(words)) << 16))
 #include "products.h"
-#undef TYPE
-#undef CELL
-#undef WIDEN
-#undef LOAD
 
+#define REAL float
+#define INTEGER int32_t
 #define TYPE int8
 #define CELL int8_t
 #define WIDEN(x) ((float)(x))
 #define LOAD(address) __builtin_convertvector(*(const SET(bytes) *)(address), FUNCTION(vector))
 #include "products.h"
-#undef TYPE
-#undef CELL
-#undef WIDEN
-#undef LOAD
-#undef REAL
-#undef INTEGER
 
 #define REAL double
 #define INTEGER int64_t
 #define TYPE float64
 #define CELL double
-#define WIDEN(x) (x)
-#define LOAD(address) PLAIN_LOAD(address)
 #include "products.h"
-#undef TYPE
-#undef CELL
-#undef WIDEN
-#undef LOAD
-#undef REAL
-#undef INTEGER
 
 #define PRODUCTS(type)                                                                                                 \
     {SET(mix_few_##type), SET(mix_many_##type), SET(add_dots_##type)}
@@ -67,7 +46,6 @@ static const Products SET(products)[] = {PRODUCTS(float32), PRODUCTS(float64), P
 #undef JOIN_
 #undef JOIN
 #undef FUNCTION
-#undef PLAIN_LOAD
 #undef PRODUCTS
 #undef SET
 #undef VECTOR_BYTES

@@ -4,11 +4,17 @@
  *     mix_few, mix_many:  sums[row][column]   = sum over cells of coefficients[row][cell] * cells[cell][column]
  *     add_dots:           dots[row][cell]    += sum over columns of left[row][column] * cells[cell][column]
  *
- * Included once per type and instruction set, with REAL (coefficients, sums, result), CELL (how cells are stored),
- * LOAD(address) (a vector of cells as REAL), WIDEN (one), INTEGER (as large as REAL), FUNCTION(name), VECTOR_BYTES and
- * the sizes of the tiles defined: FEW_ROWS; TILE_ROWS x PANEL_VECTORS; DOT_ROWS. The tiles are as large as the registers
- * allow: what keeps the multiply-add units busy is that few operands come from memory.
+ * Included once per type and instruction set, with TYPE (its name), REAL (coefficients, sums, result), INTEGER (as large
+ * as REAL) and CELL (how cells are stored) defined, which end with this file; where CELL is not REAL, also LOAD(address)
+ * (a vector of cells as REAL) and WIDEN (one). The instruction set defines FUNCTION(name), VECTOR_BYTES and the sizes of
+ * the tiles: FEW_ROWS; TILE_ROWS x PANEL_VECTORS; DOT_ROWS. The tiles are as large as the registers allow: what keeps the
+ * multiply-add units busy is that few operands come from memory.
  */
+
+#if !defined(LOAD)
+#define LOAD(address) VECTOR_AT(address)
+#define WIDEN(x) (x)
+#endif
 
 #define LANES ((ptrdiff_t)(VECTOR_BYTES / sizeof(REAL)))
 #define VECTOR FUNCTION(vector)
@@ -295,8 +301,8 @@ static void FUNCTION(add_dots)(void *sums, const void *left_rows, ptrdiff_t left
             REAL *to = dots + r * num_cells + j;
             const REAL *from = left + r * DOT_STRIDE;
             switch (count < 4 ? 0 : rows - r < DOT_ROWS ? rows - r : DOT_ROWS) {
-            case 4: FUNCTION(dot_tile)(DOT_ROWS, 4, to, num_cells, from, right, width); break;
 #if DOT_ROWS == 4
+            case 4: FUNCTION(dot_tile)(4, 4, to, num_cells, from, right, width); break;
             case 3: FUNCTION(dot_tile)(3, 4, to, num_cells, from, right, width); break;
 #endif
             case 2: FUNCTION(dot_tile)(2, 4, to, num_cells, from, right, width); break;
@@ -324,3 +330,9 @@ static void FUNCTION(add_dots)(void *sums, const void *left_rows, ptrdiff_t left
 #undef CELLS
 #undef CASE_OF_CELLS
 #undef CASE_OF_ROWS
+#undef TYPE
+#undef REAL
+#undef INTEGER
+#undef CELL
+#undef LOAD
+#undef WIDEN

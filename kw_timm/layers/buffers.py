@@ -10,16 +10,11 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 
-_mixing: ModuleType | None
-try:
-    from .. import _mixing
-except ImportError:  # No compiler where the package was installed.
-    _mixing = None
+from . import native
 
 __all__ = ['empty_buffer', 'empty_cache', 'kept_bytes', 'sum_buffer']
 
@@ -50,12 +45,15 @@ def empty_buffer(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
 
 def _lend(shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, Any]:
     """Return a tensor and what lives as long as any tensor that shares its memory."""
-    count = math.prod(shape)
-    size = count * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     memory = _take(size)
     loan = (ctypes.c_char * size).from_address(memory.data_ptr())
     weakref.finalize(loan, _keep, memory).atexit = False
-    return torch.frombuffer(loan, dtype=dtype, count=count).view(tuple(shape)), loan
+    return _borrowed(loan, shape, dtype), loan
+
+
+def _borrowed(loan: Any, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(loan, dtype=dtype, count=math.prod(shape)).view(tuple(shape))
 
 
 def _take(size: int) -> torch.Tensor:
@@ -66,8 +64,8 @@ def _take(size: int) -> torch.Tensor:
             _kept[:] = [memory for memory in _kept if memory is not best]
             return best
     memory = torch.empty(size, dtype=torch.uint8)
-    if _mixing is not None:
-        _mixing.use_huge_pages(memory.data_ptr(), size)
+    if native.module is not None:
+        native.module.use_huge_pages(memory.data_ptr(), size)
     return memory
 
 
@@ -95,7 +93,7 @@ def sum_buffer(cells: torch.Tensor) -> tuple[torch.Tensor, bool]:
     shared = key[0] >= 0 and cells.is_leaf and cells.device.type == 'cpu' and cells.nbytes >= _LARGE
     loan = _sums[key]() if shared and key in _sums else None
     if loan is not None:
-        return torch.frombuffer(loan, dtype=cells.dtype, count=cells.numel()).view(cells.shape), False
+        return _borrowed(loan, cells.shape, cells.dtype), False
     if not shared:
         return empty_buffer(cells.shape, cells), True
     buffer, loan = _lend(cells.shape, cells.dtype)

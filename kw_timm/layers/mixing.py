@@ -13,12 +13,7 @@ import torch
 
 from .buffers import empty_buffer
 from .functional import arrange_kernels
-
-_mixing: ModuleType | None
-try:
-    from .. import _mixing
-except ImportError:  # No compiler where the package was installed.
-    _mixing = None
+from .native import module as _mixing
 
 __all__ = [
     'add_dot_products',
