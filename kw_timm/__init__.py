@@ -1,10 +1,10 @@
 """KernelWarehouse networks for timm: ``import kw_timm; timm.create_model('kw4x_resnet50')``."""
 
 from . import models
-from .checkpoints import load_checkpoint
 from .inference import mixing_work, optimization_report, optimize_for_inference
 from .kernelize import WarehousePlan, kernelize
 from .temperature import TemperatureSchedule, get_temperature, set_temperature
+from .weights import load_checkpoint
 
 __version__ = '0.1.0'
 

@@ -18,7 +18,7 @@ import torch
 from hub_server import TOKEN, HubServer
 from reference_data import ROOT, manifest, reference_tensor
 
-from kw_timm.checkpoints.exact import Network, to_reference_exact
+from kw_timm.weights.exact import Network, to_reference_exact
 
 VARIANT = 'kw1d4x_resnet18'
 NAME = f'{VARIANT}.osvai_in1k'

@@ -157,12 +157,12 @@ def firsts(monkeypatch):
     record = []
     original = buffers.sum_buffer
 
-    def spy(cells):
-        result = original(cells)
+    def spy(cells, parameter):
+        result = original(cells, parameter)
         record.append(result[1])
         return result
 
-    monkeypatch.setattr('kw_timm.layers.dynamic_conv.sum_buffer', spy)
+    monkeypatch.setattr('kw_timm.ops.dynamic_conv.sum_buffer', spy)
     return record
 
 
@@ -358,6 +358,65 @@ def test_cells_that_are_computed_are_summed_by_autograd(net, x, firsts):
     function(net, x).backward()
     assert all(firsts)
     assert_close(raw.grad, theirs)
+
+
+class TwoChains(nn.Module):
+    """Two warehouses of one size, whose layers take turns."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Chain(), Chain()
+
+    def forward(self, x):
+        for a, b in zip(self.first.layers, self.second.layers, strict=True):
+            x = b(a(x))
+        return x
+
+
+@pytest.mark.parametrize('packing', ['copies', 'offloading', 'pickles', 'one object for all'])
+def test_saved_tensors_that_come_back_as_others(x, packing):
+    """What hooks give back lives for a moment, and the next may lie at its address."""
+    torch.manual_seed(0)
+    net = TwoChains().double()
+    with straightforward():
+        theirs = grad(loss(net, x), [net.first.cells, net.second.cells])
+    scratch = torch.empty(net.first.cells.numel(), dtype=torch.double)
+
+    def reused(saved):
+        if saved.numel() != scratch.numel():
+            return saved
+        return scratch.view(saved.shape).copy_(saved)
+
+    context = {
+        'copies': torch.autograd.graph.saved_tensors_hooks(torch.Tensor.clone, torch.Tensor.clone),
+        'offloading': torch.autograd.graph.save_on_cpu(),
+        'pickles': torch.autograd.graph.saved_tensors_hooks(pickle.dumps, pickle.loads),
+        'one object for all': torch.autograd.graph.saved_tensors_hooks(torch.Tensor.clone, reused),
+    }[packing]
+    with context:
+        value = loss(net, x)
+    value.backward()
+    assert_close(net.first.cells.grad, theirs[0])
+    assert_close(net.second.cells.grad, theirs[1])
+
+
+def test_a_parameter_does_not_inherit_the_sum_of_another(monkeypatch):
+    monkeypatch.setattr(buffers, '_pass_id', lambda: 7)
+    parameter = torch.zeros(100)
+    address = id(parameter)
+    kept, is_first = buffers.sum_buffer(parameter, parameter)
+    again, is_second_first = buffers.sum_buffer(torch.zeros(100), parameter)
+    assert (is_first, is_second_first) == (True, False)
+    assert again.data_ptr() == kept.data_ptr()
+    del parameter
+    for _ in range(1000):
+        heir = torch.zeros(100)
+        if id(heir) == address:
+            break
+    assert id(heir) == address, 'no other tensor came to lie at the address'
+    other, is_first = buffers.sum_buffer(heir, heir)
+    assert is_first
+    assert other.data_ptr() != kept.data_ptr()
 
 
 def test_steps_of_an_optimizer(net, x):

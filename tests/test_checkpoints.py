@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import kw_timm
-from kw_timm.checkpoints import (
+from kw_timm.weights import (
     identify_variant,
     read_weight_file,
     reference_keys,

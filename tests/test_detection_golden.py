@@ -7,8 +7,8 @@ import torch
 from reference_data import DETECTION, assert_close, golden, reference_input, reference_state_dict
 from torch import nn
 
-from kw_timm.checkpoints import reference_keys, to_timm_state_dict
-from kw_timm.checkpoints.key_tables import rename, timm_names
+from kw_timm.weights import reference_keys, to_timm_state_dict
+from kw_timm.weights.key_tables import rename, timm_names
 
 pytest.importorskip('mmdet', reason='needs MMDetection')
 from kw_mmdet import KWBackbone

@@ -11,7 +11,8 @@ from torch import nn
 from torch.autograd import grad, gradcheck
 
 from kw_timm import WarehousePlan, kernelize
-from kw_timm.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, Warehouse, dynamic_conv, straightforward
+from kw_timm.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, Warehouse, straightforward
+from kw_timm.ops import ConvSpec, dynamic_conv
 
 # How parts of batches are taken.
 SPLITS = {
@@ -136,7 +137,8 @@ def function(case):
     generator = torch.Generator().manual_seed(0)
     shapes = (3, grid[2] * cell[1], 4, 4), (3, math.prod(grid), 5), (5, *cell), (grid[1] * cell[0],)
     tensors = [torch.randn(shape, dtype=torch.double, generator=generator) for shape in shapes]
-    return lambda x, a, cells, bias=None: dynamic_conv.kernel_warehouse_conv(x, a, cells, bias, grid, *rest), tensors
+    spec = ConvSpec.of(grid, cell, *rest)
+    return lambda x, a, cells, bias=None: dynamic_conv.kernel_warehouse_conv(x, a, cells, bias, spec), tensors
 
 
 @pytest.mark.parametrize('split', SPLITS, indirect=True)

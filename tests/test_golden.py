@@ -11,7 +11,7 @@ from reference_data import CLASSIFICATION, assert_close, golden, reference_input
 from torch import nn
 
 import kw_timm
-from kw_timm.checkpoints import reference_keys
+from kw_timm.weights import reference_keys
 
 
 @pytest.fixture(scope='module', params=CLASSIFICATION)

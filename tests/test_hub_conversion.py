@@ -12,14 +12,14 @@ from kw_hub.errors import HubError
 from kw_hub.verify import verify_file, verify_folder
 from reference_data import CLASSIFICATION, manifest
 
-from kw_timm.checkpoints.detectors import detector_to_ours, detector_to_reference, export_backbone
-from kw_timm.checkpoints.exact import (
+from kw_timm.weights.detectors import detector_to_ours, detector_to_reference, export_backbone
+from kw_timm.weights.exact import (
     assert_same_tensors,
     recognise_network,
     to_reference_exact,
     to_timm_exact,
 )
-from kw_timm.checkpoints.static import STATIC_NETWORKS
+from kw_timm.weights.static import STATIC_NETWORKS
 
 CONFIGS = Path(__file__).parents[1] / 'configs/mask_rcnn'
 NETWORKS = [*timm.list_models('kw*'), *STATIC_NETWORKS]
@@ -99,7 +99,7 @@ def test_detectors_convert_both_ways_and_load_strictly(backbone):
     mmdet_models = pytest.importorskip('mmdet.models', reason='needs MMDetection')
     from mmcv import Config
 
-    from kw_timm.checkpoints.exact import Network
+    from kw_timm.weights.exact import Network
 
     name = f'mask_rcnn_{backbone}_fpn_1x_coco'
     config = Config.fromfile(str(CONFIGS / f'{name}.py'))
@@ -253,7 +253,7 @@ def test_unusual_files_load(kind, tmp_path):
 
 
 def test_other_classes_and_channels(tmp_path):
-    from kw_timm.checkpoints.exact import Network
+    from kw_timm.weights.exact import Network
 
     network = Network('kw1x_mobilenetv2_050', num_classes=7, in_chans=1)
     weights = to_reference_exact({k: v.float() for k, v in network.create().state_dict().items()}, network)
@@ -289,7 +289,7 @@ def test_verify_notices_a_single_changed_bit(stored):
 
     from safetensors.torch import load_file, save_file
 
-    from kw_timm.pretrained import DamagedWeightsError, sha256_of
+    from kw_timm.weights.store import DamagedWeightsError, sha256_of
 
     file = stored / 'model.safetensors'
     weights = load_file(file)

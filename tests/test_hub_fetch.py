@@ -22,7 +22,7 @@ from kw_hub.errors import HubError
 from kw_hub.fetch import download, fetch
 from kw_hub.manifest import find_entry
 
-from kw_timm.pretrained import sha256_of, store_folder
+from kw_timm.weights.store import sha256_of, store_folder
 
 FILE = r'GET /uc\?id='
 

@@ -47,7 +47,7 @@ def test_converting_the_largest_checkpoint(tmp_path):
 
 def test_optimizer_state_is_not_read(tmp_path):
     """A small checkpoint with a large optimizer state converts in little memory: the state stays in the file."""
-    from kw_timm.checkpoints.unpickle import load_pickled, select_weights
+    from kw_timm.weights.unpickle import load_pickled, select_weights
 
     file = tmp_path / 'large.pth'
     checkpoint = {'model': synthetic({'fc.bias': (10,)}), 'optimizer': {'state': {0: torch.zeros(50_000_000)}}}

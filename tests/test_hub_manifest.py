@@ -17,7 +17,7 @@ from kw_hub.manifest import MANIFEST, find_entry, load_manifest
 from kw_hub.tables import classification_table, detection_table, insert_tables
 from reference_data import ROOT
 
-from kw_timm.checkpoints.exact import Network
+from kw_timm.weights.exact import Network
 
 COMMANDS = ['list', 'fetch', 'convert', 'verify', 'export', 'publish', 'tables']
 README = Path(__file__).parents[1] / 'README.md'
@@ -95,7 +95,7 @@ def test_unknown_names_get_suggestions():
 
 
 def test_list_says_where_weights_are(hub, stored, converted_folder, capsys):
-    from kw_timm.pretrained import find_weights
+    from kw_timm.weights.store import find_weights
 
     other = 'kw1x_resnet18'
     hub.add(f'kw-timm/{other}.osvai_in1k', tree_of(converted_folder))

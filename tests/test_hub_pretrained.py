@@ -12,7 +12,7 @@ from hub_server import Fault
 from hub_support import NAME, REPOSITORY, VARIANT, environment, full_disk, leftovers, python, tree_of
 from huggingface_hub import constants
 
-from kw_timm.pretrained import (
+from kw_timm.weights.store import (
     DamagedWeightsError,
     WeightsNotFoundError,
     find_weights,

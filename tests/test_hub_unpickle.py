@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kw_timm.checkpoints.unpickle import RefusedFileError, load_pickled, select_weights
+from kw_timm.weights.unpickle import RefusedFileError, load_pickled, select_weights
 
 
 class Payload:

@@ -16,7 +16,8 @@ from torch.export import Dim
 
 import kw_timm
 from kw_timm import WarehousePlan, kernelize, optimization_report, optimize_for_inference
-from kw_timm.layers import KWConv2d, KWLayer, Warehouse, dynamic_conv
+from kw_timm.layers import KWConv2d, KWLayer, Warehouse
+from kw_timm.ops import dynamic_conv
 
 CONFIG = Path(__file__).parents[1] / 'configs/shapes/mask_rcnn_kw1x_mobilenetv2_050_fpn_shapes.py'
 # Layers of all kinds; the plan below makes some from bases, some from cells.

@@ -77,9 +77,9 @@ def test_timm_networks(name, layers):
         assert isinstance(after, KWConv2d)
         assert [getattr(after, s) for s in SETTINGS] == [getattr(before, s) for s in SETTINGS]
         assert (after.bias is None) == (before.bias is None)
-        assert after.kernel_shape == before.weight.shape
+        assert after.spec.kernel_shape == before.weight.shape
     shares = model.warehouses['some'].partition.layers
-    assert [model.get_submodule(layer).grid for layer in layers] == [share.grid for share in shares]
+    assert [model.get_submodule(layer).spec.grid for layer in layers] == [share.grid for share in shares]
     x = images()
     assert lively(model)(x).shape == (2, 1000)
     model.train()(x).sum().backward()

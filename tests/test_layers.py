@@ -86,7 +86,7 @@ def kernel_by_hand(net: Layer, h: torch.Tensor) -> torch.Tensor:
     a = coefficients_by_hand(net, h)
     co, ci = partition.cell_shape[:2]
     positions, out_groups, in_groups = partition.layers[1].grid
-    kernel = torch.zeros(layer.kernel_shape, dtype=cells.dtype)
+    kernel = torch.zeros(layer.spec.kernel_shape, dtype=cells.dtype)
     mixtures = itertools.product(range(positions), range(out_groups), range(in_groups))
     for i, (s, og, ig) in enumerate(mixtures):
         cell = sum(a[i][j] * cells[j] for j in range(partition.num_cells))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import kw_timm
-from kw_timm.checkpoints import to_reference_state_dict
+from kw_timm.weights import to_reference_state_dict
 
 pytest.importorskip('mmdet', reason='needs MMDetection')
 from kw_mmdet import KWBackbone, TemperatureHook, check_config, check_neck

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from kw_timm.layers import assemble_kernels, mixing
-from kw_timm.layers.mixing import add_dot_products, add_products, mix_cells
+from kw_timm.ops import ConvSpec, assemble_kernels, mix_cells, native
+from kw_timm.ops.mixing import add_dot_products, add_products
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -14,10 +14,10 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 @pytest.fixture(params=[16, 32, 64, None], autouse=True)
 def vectors(request, monkeypatch):
     if request.param is None:
-        monkeypatch.setattr(mixing, '_mixing', None)
+        monkeypatch.setattr(native, 'module', None)
         yield
         return
-    module = mixing.compiled_module()
+    module = native.module
     if module is None or module.use_vectors(request.param) != request.param:
         pytest.skip(f'no vectors of {request.param} bytes')
     yield
@@ -40,18 +40,17 @@ def test_kernels_of_any_number_of_rows_and_cells(num_cells, dtype):
     for rows, columns in itertools.product((*range(1, 14), 17, 25, 28, 33, 300), (1, 37, 250)):
         coefficients = torch.randn(1, rows, num_cells, dtype=dtype)
         cells = torch.randn(num_cells, columns, 3, 1, 1, dtype=dtype)
-        grid = (1, rows, 1)
-        kernels = mix_cells(coefficients, cells, grid, (1, 1))
+        kernels = mix_cells(coefficients, cells, ConvSpec.of((1, rows, 1), cells.shape[1:], (1, 1)))
         assert_close(kernels.flatten(), (coefficients[0].double() @ cells.double().flatten(1)).flatten())
 
 
 def test_kernels_whose_windows_come_from_many_rows(dtype):
     coefficients, cells = torch.randn(4, 18, 270, dtype=dtype), torch.randn(270, 4, 61, 1, 1, dtype=dtype)
-    grid, window = (9, 2, 1), (3, 3)
-    expected = assemble_kernels(coefficients.double(), cells.double(), grid, window)
-    assert_close(mix_cells(coefficients, cells, grid, window), expected)
+    spec = ConvSpec.of((9, 2, 1), cells.shape[1:], (3, 3))
+    expected = assemble_kernels(coefficients.double(), cells.double(), spec)
+    assert_close(mix_cells(coefficients, cells, spec), expected)
     factors = torch.randn(8, dtype=dtype)
-    with_factors = mix_cells(coefficients, cells, grid, window, factors)
+    with_factors = mix_cells(coefficients, cells, spec, factors)
     assert_close(with_factors, expected * factors.double().view(-1, 1, 1, 1))
 
 
@@ -61,7 +60,7 @@ def test_kernels_from_fewer_bits(bits):
     for rows, num_cells in itertools.product((1, 4, 9, 40), (7, 300)):
         coefficients = torch.randn(1, rows, num_cells)
         cells = (torch.randn(num_cells, 77, 3, 1, 1) * 20).clamp(-127, 127).to(bits)
-        kernels = mix_cells(coefficients, cells, (1, rows, 1), (1, 1))
+        kernels = mix_cells(coefficients, cells, ConvSpec.of((1, rows, 1), cells.shape[1:], (1, 1)))
         assert_close(kernels.flatten(), (coefficients[0].double() @ cells.double().flatten(1)).flatten())
 
 

@@ -6,8 +6,8 @@ import torch
 from networks import SMALLEST, images, network
 from torch import nn
 
-from kw_timm.checkpoints import to_reference_state_dict
 from kw_timm.layers import KWLinear
+from kw_timm.weights import to_reference_state_dict
 
 # One with a KW classifier among them.
 HEADS = (*SMALLEST, 'kw1d2x_mobilenetv2_050')

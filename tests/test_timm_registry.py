@@ -9,9 +9,9 @@ from timm.layers import DropPath
 from torch import nn
 
 import kw_timm
-from kw_timm.checkpoints import reference_keys
 from kw_timm.layers import KWAttention, KWLayer
 from kw_timm.models import KWConvNeXt, KWMobileNetV2, KWResNet
+from kw_timm.weights import reference_keys
 
 
 def test_lists_exactly_the_released_variants():

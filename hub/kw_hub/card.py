@@ -4,7 +4,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from kw_timm.pretrained import hub_revision
+from kw_timm.weights.store import hub_revision
 
 from .manifest import Entry, load_manifest
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kw_timm.pretrained import DamagedWeightsError, WeightsNotFoundError, store_folder
+from kw_timm.weights.store import DamagedWeightsError, WeightsNotFoundError, store_folder
 
 from .errors import HubError
 

@@ -11,17 +11,17 @@ from timm.models._hub import save_config_for_hf
 from tqdm import tqdm
 
 import kw_timm
-from kw_timm.checkpoints import check_weight_file, read_weight_file
-from kw_timm.checkpoints.detectors import (
+from kw_timm.weights import check_weight_file, read_weight_file
+from kw_timm.weights.detectors import (
     Detector,
     detector_to_ours,
     detector_to_reference,
     export_backbone,
     is_detector,
 )
-from kw_timm.checkpoints.exact import Network, recognise_network, to_reference_exact, to_timm_exact
-from kw_timm.checkpoints.unpickle import EMA_KEYS, load_pickled, select_weights
-from kw_timm.pretrained import TAG, WEIGHTS, check_stored, sha256_of, store_folder
+from kw_timm.weights.exact import Network, recognise_network, to_reference_exact, to_timm_exact
+from kw_timm.weights.store import TAG, WEIGHTS, check_stored, sha256_of, store_folder
+from kw_timm.weights.unpickle import EMA_KEYS, load_pickled, select_weights
 
 from .errors import HubError
 from .files import new_file, new_folder, write_record

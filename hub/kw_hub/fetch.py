@@ -5,7 +5,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from kw_timm.pretrained import DamagedWeightsError, check_stored, sha256_of, store_folder
+from kw_timm.weights.store import DamagedWeightsError, check_stored, sha256_of, store_folder
 
 from .convert import Converted, convert_file
 from .errors import HubError

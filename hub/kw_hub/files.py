@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kw_timm.pretrained import RECORD, sha256_of
+from kw_timm.weights.store import RECORD, sha256_of
 
 from .errors import HubError
 

@@ -3,7 +3,7 @@
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from kw_timm.pretrained import RECORD, hub_repository, hub_revision, store_folder
+from kw_timm.weights.store import RECORD, hub_repository, hub_revision, store_folder
 
 from .manifest import Entry, load_manifest
 

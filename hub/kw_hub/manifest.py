@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from kw_timm.pretrained import hub_repository
+from kw_timm.weights.store import hub_repository
 
 from .errors import HubError
 from .files import new_file

@@ -9,7 +9,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from kw_timm.pretrained import WEIGHTS, hub_revision, sha256_of, store_folder
+from kw_timm.weights.store import WEIGHTS, hub_revision, sha256_of, store_folder
 
 from .card import model_card
 from .errors import HubError

@@ -8,9 +8,9 @@ import timm
 from safetensors.torch import load_file
 
 import kw_timm.models  # noqa: F401  (registers the KW networks)
-from kw_timm.checkpoints.detectors import detector_to_ours, is_detector
-from kw_timm.checkpoints.exact import recognise_network, to_timm_exact
-from kw_timm.pretrained import RECORD, TAG, WEIGHTS, check_stored, hub_file, hub_revision, sha256_of
+from kw_timm.weights.detectors import detector_to_ours, is_detector
+from kw_timm.weights.exact import recognise_network, to_timm_exact
+from kw_timm.weights.store import RECORD, TAG, WEIGHTS, check_stored, hub_file, hub_revision, sha256_of
 
 from .convert import read_source
 from .errors import HubError

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ..layers.buffers import empty_cache
+from ..ops.buffers import empty_cache
 from .machine import synchronize
 
 __all__ = ['Call', 'Timing', 'alternate', 'peak_memory', 'relative_difference']

@@ -1,8 +1,8 @@
-"""The KernelWarehouse method; depends on torch alone."""
+"""The KernelWarehouse method: partition, warehouse, attention, layers. How it is computed is in :mod:`kw_timm.ops`."""
 
+from ..ops import buffers
+from ..ops.dynamic_conv import straightforward
 from .attention import KWAttention
-from .dynamic_conv import kernel_warehouse_conv, straightforward
-from .functional import assemble_kernels, conv_per_sample, straightforward_conv
 from .kw_layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
 from .partition import LayerPartition, Partition, assign_cells, partition_kernels
 from .warehouse import Warehouse
@@ -17,11 +17,8 @@ __all__ = [
     'LayerPartition',
     'Partition',
     'Warehouse',
-    'assemble_kernels',
     'assign_cells',
-    'conv_per_sample',
-    'kernel_warehouse_conv',
+    'buffers',
     'partition_kernels',
     'straightforward',
-    'straightforward_conv',
 ]

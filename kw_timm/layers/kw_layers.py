@@ -1,5 +1,6 @@
 """KernelWarehouse layers: drop-in replacements for ``nn.Conv1d/2d/3d`` and ``nn.Linear``."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,9 +8,8 @@ import torch
 import torch.fx
 from torch import nn
 
+from ..ops import ConvSpec, Padding, kernel_warehouse_conv
 from .attention import KWAttention, NormLayer
-from .dynamic_conv import kernel_warehouse_conv
-from .functional import Padding
 from .warehouse import Warehouse
 
 __all__ = ['KWConv1d', 'KWConv2d', 'KWConv3d', 'KWLayer', 'KWLinear']
@@ -37,6 +37,9 @@ class KWLayer(nn.Module):
         norm_layer: Norm within the attention.
         device: Device of the parameters.
         dtype: Type of the parameters.
+
+    Attributes:
+        spec: All that never changes: how the kernel is cut into cells, and how it is convolved.
 
     Shape:
         As of the static layer. Kernels are computed per sample, so a batch axis is required.
@@ -78,16 +81,20 @@ class KWLayer(nn.Module):
             raise ValueError(f'groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}.')
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = self._per_axis(kernel_size)
-        self.stride = self._per_axis(stride)
-        self.padding: Padding = padding if isinstance(padding, str) else self._per_axis(padding)
-        self.dilation = self._per_axis(dilation)
-        self.groups = groups
+        self._padding: Padding = padding if isinstance(padding, str) else self._per_axis(padding)
         partition = warehouse.partition
         if not 0 <= index < len(partition.layers):
             raise ValueError(f'index {index} is out of range: the warehouse serves {len(partition.layers)} layers.')
-        self.grid = partition.layers[index].grid
-        self._check_grid(warehouse)
+        self.spec = ConvSpec.of(
+            partition.layers[index].grid,
+            partition.cell_shape,
+            self._per_axis(kernel_size),
+            self._per_axis(stride),
+            self._padding,
+            self._per_axis(dilation),
+            groups,
+        )
+        self._check_kernel()
         # Bypasses module registration; deepcopy and pickle still keep layer and network on one warehouse.
         self.__dict__['warehouse'] = warehouse
         self.attention = KWAttention(
@@ -96,24 +103,33 @@ class KWLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
 
     @property
-    def kernel_shape(self) -> tuple[int, ...]:
-        """``(O, I / groups, *k)``."""
-        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+    def kernel_size(self) -> tuple[int, ...]:
+        """Kernel window."""
+        return self.spec.kernel_size
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Stride per spatial axis."""
+        return self.spec.stride
+
+    @property
+    def padding(self) -> Padding:
+        """Zero padding per spatial axis, or ``'same'`` or ``'valid'``, as it was given."""
+        return self._padding
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        """Dilation per spatial axis."""
+        return self.spec.dilation
+
+    @property
+    def groups(self) -> int:
+        """Groups."""
+        return self.spec.groups
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve each sample of ``x: (B, C, *spatial)`` with its own kernel."""
-        return kernel_warehouse_conv(
-            x,
-            self.attention(x),
-            self.__dict__['warehouse'].weight,
-            self.bias,
-            self.grid,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-        )
+        return kernel_warehouse_conv(x, self.attention(x), self.__dict__['warehouse'].weight, self.bias, self.spec)
 
     def extra_repr(self) -> str:
         """Return the arguments of the static layer."""
@@ -125,20 +141,18 @@ class KWLayer(nn.Module):
             raise ValueError(f'Expected one number or {self.spatial_axes}, got {value!r}.')
         return values
 
-    def _check_grid(self, warehouse: Warehouse) -> None:
-        positions, out_groups, in_groups = self.grid
-        cell_out, cell_in, *window = warehouse.partition.cell_shape
-        made_for = (out_groups * cell_out, in_groups * cell_in)
-        size = positions * torch.Size(window).numel()
-        if made_for != self.kernel_shape[:2] or size != torch.Size(self.kernel_size).numel():
+    def _check_kernel(self) -> None:
+        made_for, positions = self.spec.kernel_shape[:2], self.spec.grid[0] * math.prod(self.spec.cell_shape[2:])
+        kernel = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        if made_for != kernel[:2] or positions != math.prod(self.kernel_size):
             raise ValueError(
-                f'The warehouse was made for a kernel of {made_for[0]} x {made_for[1]} channels and {size} window '
-                f'positions at this index, but the layer has a kernel of shape {self.kernel_shape}. '
+                f'The warehouse was made for a kernel of {made_for[0]} x {made_for[1]} channels and {positions} window '
+                f'positions at this index, but the layer has a kernel of shape {kernel}. '
                 f'Make the warehouse from the kernel shapes of the layers that use it, in their order.'
             )
 
 
-def describe(layer: Any) -> str:
+def describe(layer: KWLayer) -> str:
     """Return the arguments of a KW layer's static layer, for ``extra_repr``."""
     return (
         f'{layer.in_channels}, {layer.out_channels}, kernel_size={layer.kernel_size}, stride={layer.stride}, '

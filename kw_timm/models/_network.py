@@ -9,9 +9,9 @@ from timm.models._features import FeatureGetterNet, FeatureHookNet
 from timm.models._features_fx import FeatureGraphNet
 from torch import nn
 
-from ..checkpoints import read_weight_file, to_timm_state_dict
 from ..kernelize import drop_unused_warehouses
-from ..pretrained import HUB_ORGANISATION, pretrained_source
+from ..weights import read_weight_file, to_timm_state_dict
+from ..weights.store import HUB_ORGANISATION, pretrained_source
 
 __all__ = ['KWNetwork', 'build_kw_model', 'kw_cfg', 'kw_default_cfgs']
 
@@ -84,7 +84,7 @@ def build_kw_model(
         model_cls: Network class.
         variant: Registered name.
         pretrained: Load weights: those that the pretrained cfg names, else the published ones from the local store or
-            the Hub, see :mod:`kw_timm.pretrained`.
+            the Hub, see :mod:`kw_timm.weights.store`.
         feature_levels: Default ``out_indices`` of ``features_only``.
         **kwargs: As for ``timm.create_model``.
 

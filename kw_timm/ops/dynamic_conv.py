@@ -14,11 +14,13 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .buffers import sum_buffer
-from .functional import Padding, arrange_gradient, check_input, straightforward_conv
-from .mixing import Grid, add_dot_products, add_products, is_exporting, is_making_graph, mix_cells
-from .per_sample import Convolution, convolve, convolve_backward
+from .convolution import convolve, convolve_backward
+from .mixing import add_dot_products, add_products, mix_cells
+from .modes import is_exporting, is_making_graph, is_tracing, is_transforming
+from .spec import ConvSpec, check_input
+from .straightforward import arrange_gradient, straightforward_conv
 
-__all__ = ['as_convolution', 'convolve_in_chunks', 'kernel_warehouse_conv', 'straightforward']
+__all__ = ['convolve_fixed', 'kernel_warehouse_conv', 'straightforward']
 
 # Kernels in memory at one time: few enough that they are still in a cache when they are used, enough that every cell
 # read serves many rows. In the backward pass there are the kernels, their gradients, and those in another order.
@@ -48,16 +50,7 @@ def straightforward() -> Iterator[None]:
 
 
 def kernel_warehouse_conv(
-    x: torch.Tensor,
-    coefficients: torch.Tensor,
-    cells: torch.Tensor,
-    bias: torch.Tensor | None,
-    grid: Grid,
-    kernel_size: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: Padding,
-    dilation: tuple[int, ...],
-    groups: int,
+    x: torch.Tensor, coefficients: torch.Tensor, cells: torch.Tensor, bias: torch.Tensor | None, spec: ConvSpec
 ) -> torch.Tensor:
     """Convolve each sample with the kernel that its coefficients make of the cells.
 
@@ -66,12 +59,7 @@ def kernel_warehouse_conv(
         coefficients: Attention, ``(B, m, n)``.
         cells: Warehouse cells, ``(n, co, ci, *window)``.
         bias: ``(O,)`` or None, the same for all samples.
-        grid: ``(spatial positions, output groups, input groups)`` of the ``m`` mixtures.
-        kernel_size: Window of the kernel.
-        stride: Stride per spatial axis.
-        padding: Zero padding per spatial axis, or ``'same'`` / ``'valid'``.
-        dilation: Dilation per spatial axis.
-        groups: Groups of the layer.
+        spec: The layer's constants.
 
     Returns:
         ``(B, O, *spatial')``.
@@ -79,41 +67,64 @@ def kernel_warehouse_conv(
     Raises:
         ValueError: If the input is not a batch, has no pixels or is smaller than the kernel.
     """
-    check_input(x, kernel_size, padding, dilation)
-    kind = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    check_input(x, spec)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
         x, coefficients, cells = x.to(dtype), coefficients.to(dtype), cells.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    conv = as_convolution(kernel_size, stride, padding, dilation, groups)
+    x = spec.pad_end(x)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, coefficients, cells, bias))
     # Depthwise kernels are small: left to autograd, which keeps them.
-    if conv is None or (learns and groups != 1) or _must_be_straightforward(x, coefficients, cells, learns):
-        return straightforward_conv(x, coefficients, cells, bias, grid, kernel_size, stride, padding, dilation, groups)
+    if (learns and spec.groups != 1) or _must_be_straightforward(x, coefficients, cells, learns):
+        return straightforward_conv(x, coefficients, cells, bias, spec)
     if not learns:
-        return convolve_in_chunks(x, coefficients, cells, bias, grid, kernel_size, conv)
-    return _KernelWarehouseConv.apply(x, coefficients, cells, bias, grid, kernel_size, conv)
+        return _convolve_in_chunks(x, coefficients, cells, bias, spec)
+    return _KernelWarehouseConv.apply(x, coefficients, cells, bias, spec)
 
 
-def as_convolution(
-    kernel_size: tuple[int, ...], stride: tuple[int, ...], padding: Padding, dilation: tuple[int, ...], groups: int
-) -> Convolution | None:
-    """Return the arguments of a convolution with its padding in pixels, None if that differs from side to side."""
-    if padding == 'valid':
-        padding = (0,) * len(kernel_size)
-    elif isinstance(padding, str):
-        total = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
-        if any(t % 2 for t in total):
-            return None
-        padding = tuple(t // 2 for t in total)
-    return Convolution(stride, padding, dilation, groups)
+def convolve_fixed(
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    cells: torch.Tensor,
+    bias: torch.Tensor | None,
+    spec: ConvSpec,
+    factors: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Convolve as :func:`kernel_warehouse_conv` does, at fixed weights. Not differentiable.
+
+    Args:
+        x: ``(B, C, *spatial)``.
+        coefficients: ``(B, m, n)``.
+        cells: As of :func:`~kw_timm.ops.mixing.mix_cells`: also one set per mixture, or stored in fewer bits.
+        bias: ``(O,)`` or None.
+        spec: The layer's constants.
+        factors: ``(O,)``, what to multiply the kernels' output channels by, or None.
+
+    Returns:
+        ``(B, O, *spatial')``.
+
+    Raises:
+        ValueError: As :func:`kernel_warehouse_conv`.
+    """
+    check_input(x, spec)
+    x = spec.pad_end(x.to(_autocast_dtype(x) or x.dtype))
+    return _convolve_in_chunks(x, coefficients, cells, None if bias is None else bias.to(x.dtype), spec, factors)
+
+
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """Return the type that a convolution of ``x`` is to be computed in, None for its own."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _must_be_straightforward(x: torch.Tensor, coefficients: torch.Tensor, cells: torch.Tensor, learns: bool) -> bool:
     return (
         _straightforward
-        or torch.jit.is_tracing()
+        or is_tracing()
         or is_exporting()
+        or is_transforming()
         or (learns and torch.compiler.is_compiling())
         or x.shape[0] == 0
         or x.device.type == 'meta'
@@ -133,52 +144,35 @@ def _slices(length: int, count: int) -> Iterator[slice]:
         yield slice(length * i // count, length * (i + 1) // count)
 
 
-def _kernel_bytes(x: torch.Tensor, coefficients: torch.Tensor, cells: torch.Tensor) -> int:
-    return coefficients.shape[1] * math.prod(cells.shape[-x.dim() :]) * coefficients.element_size()
-
-
-def _parts_of_cells(x: torch.Tensor, coefficients: torch.Tensor, cells: torch.Tensor) -> Iterator[slice]:
+def _parts_of_cells(x: torch.Tensor, spec: ConvSpec) -> Iterator[slice]:
     """Slices of the cells' output channels for which the kernels of the whole batch are in memory at one time.
 
     Unlike slices of the batch, each adds to another part of the cells' gradient, which is large.
     """
-    channels, needed = cells.shape[1], x.shape[0] * _kernel_bytes(x, coefficients, cells)
+    channels, needed = spec.cell_shape[0], x.shape[0] * _kernel_bytes(x, spec)
     return _slices(channels, min(channels, -(-needed // _BACKWARD_CHUNK_BYTES)) if x.device.type == 'cpu' else 1)
 
 
-def convolve_in_chunks(
+def _kernel_bytes(x: torch.Tensor, spec: ConvSpec) -> int:
+    return math.prod(spec.kernel_shape) * x.element_size()
+
+
+def _convolve_in_chunks(
     x: torch.Tensor,
     coefficients: torch.Tensor,
     cells: torch.Tensor,
     bias: torch.Tensor | None,
-    grid: Grid,
-    kernel_size: tuple[int, ...],
-    conv: Convolution,
+    spec: ConvSpec,
     factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Make the kernels of some samples at a time and convolve. Not differentiable.
-
-    Args:
-        x: As of :func:`kernel_warehouse_conv`, as all that follow.
-        coefficients: ``(B, m, n)``.
-        cells: As of :func:`~kw_timm.layers.mixing.mix_cells`.
-        bias: ``(O,)`` or None.
-        grid: Grid of the mixtures.
-        kernel_size: Window of the kernel.
-        conv: The other arguments of the convolution.
-        factors: ``(O,)``, what to multiply the kernels' output channels by, or None.
-
-    Returns:
-        ``(B, O, *spatial')``.
-    """
-    chunks = list(_chunks(x, _kernel_bytes(x, coefficients, cells)))
+    """Make the kernels of some samples at a time and convolve."""
+    chunks = list(_chunks(x, _kernel_bytes(coefficients, spec)))
     if len(chunks) == 1:
-        return convolve(x, mix_cells(coefficients, cells, grid, kernel_size, factors), conv, bias)
-    channels = grid[1] * cells.shape[-x.dim()]
-    y = x.new_empty(x.shape[0], channels, *conv.output_size(x, kernel_size))
+        return convolve(x, mix_cells(coefficients, cells, spec, factors).to(x.dtype), spec, bias)
+    y = x.new_empty(x.shape[0], spec.kernel_shape[0], *spec.output_size(x))
     for chunk in chunks:
-        kernels = mix_cells(coefficients[chunk], cells, grid, kernel_size, factors)
-        convolve(x[chunk], kernels, conv, bias, out=y[chunk])
+        kernels = mix_cells(coefficients[chunk], cells, spec, factors).to(x.dtype)
+        convolve(x[chunk], kernels, spec, bias, out=y[chunk])
     return y
 
 
@@ -186,11 +180,13 @@ class _KernelWarehouseConv(torch.autograd.Function):
     """The layer's function with gradients, keeping inputs and coefficients instead of kernels."""
 
     @staticmethod
-    def forward(ctx: Any, x, coefficients, cells, bias, grid, kernel_size, conv):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, coefficients, cells, bias, spec):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, coefficients, cells)
-        ctx.arguments = grid, kernel_size, conv
+        ctx.spec = spec
+        # Saved tensors may come back as others; whose gradient it is does not change.
+        ctx.parameter = cells if cells.is_leaf and cells.requires_grad else None
         with torch.autocast(x.device.type, enabled=False):
-            return convolve_in_chunks(x, coefficients, cells, bias, grid, kernel_size, conv)
+            return _convolve_in_chunks(x, coefficients, cells, bias, spec)
 
     @staticmethod
     @once_differentiable
@@ -201,24 +197,24 @@ class _KernelWarehouseConv(torch.autograd.Function):
     @staticmethod
     def _backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
         x, coefficients, cells = ctx.saved_tensors
-        grid, kernel_size, conv = ctx.arguments
+        spec: ConvSpec = ctx.spec
         need_x, need_coefficients, need_cells, need_bias = ctx.needs_input_grad[:4]
         grad_x = None
         grad_coefficients = coefficients.new_zeros(coefficients.shape) if need_coefficients else None
-        grad_cells, is_first = sum_buffer(cells) if need_cells else (None, True)
-        by_group = grad.unflatten(1, (grid[1], cells.shape[1]))
-        for rows in _parts_of_cells(x, coefficients, cells):
-            part = cells[:, rows]
-            kernels = mix_cells(coefficients, part, grid, kernel_size)
+        grad_cells, is_first = sum_buffer(cells, ctx.parameter) if need_cells else (None, True)
+        by_group = grad.unflatten(1, (spec.grid[1], cells.shape[1]))
+        for rows in _parts_of_cells(x, spec):
+            part, part_spec = cells[:, rows], spec.narrow(rows.stop - rows.start)
+            kernels = mix_cells(coefficients, part, part_spec)
             grad_input, grad_kernels = convolve_backward(
-                by_group[:, :, rows].flatten(1, 2), x, kernels, conv, need_x, need_coefficients or need_cells
+                by_group[:, :, rows].flatten(1, 2), x, kernels, part_spec, need_x, need_coefficients or need_cells
             )
             del kernels
             if grad_input is not None:
                 grad_x = grad_input if grad_x is None else grad_x.add_(grad_input)
             if grad_kernels is None:
                 continue
-            mixtures = arrange_gradient(grad_kernels, part.shape[1:], grid).flatten(0, 1)
+            mixtures = arrange_gradient(grad_kernels, part_spec).flatten(0, 1)
             del grad_kernels
             if grad_coefficients is not None:
                 add_dot_products(grad_coefficients.flatten(0, 1), mixtures, part.flatten(1))
@@ -226,4 +222,4 @@ class _KernelWarehouseConv(torch.autograd.Function):
                 left = coefficients.flatten(0, 1).t()
                 add_products(grad_cells[:, rows].flatten(1)[None], left[None], mixtures[None], overwrite=is_first)
         grad_bias = grad.sum([0, *range(2, grad.dim())]) if need_bias else None
-        return grad_x, grad_coefficients, grad_cells if is_first else None, grad_bias, None, None, None
+        return grad_x, grad_coefficients, grad_cells if is_first else None, grad_bias, None

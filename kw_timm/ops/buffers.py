@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils.weak import TensorWeakRef
 
 from . import native
+from .modes import is_plain
 
 __all__ = ['empty_buffer', 'empty_cache', 'kept_bytes', 'sum_buffer']
 
@@ -38,7 +40,7 @@ def empty_cache() -> None:
 
 def empty_buffer(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     """Return an uninitialized contiguous tensor of the type and device of ``like``."""
-    if like.device.type != 'cpu' or math.prod(shape) * like.element_size() < _LARGE:
+    if not is_plain(like) or math.prod(shape) * like.element_size() < _LARGE:
         return like.new_empty(shape)
     return _lend(shape, like.dtype)[0]
 
@@ -63,9 +65,8 @@ def _take(size: int) -> torch.Tensor:
             best = min(fitting, key=lambda memory: memory.nbytes)
             _kept[:] = [memory for memory in _kept if memory is not best]
             return best
-    memory = torch.empty(size, dtype=torch.uint8)
-    if native.module is not None:
-        native.module.use_huge_pages(memory.data_ptr(), size)
+    memory = torch.empty(size, dtype=torch.uint8, device='cpu')
+    native.use_huge_pages(memory)
     return memory
 
 
@@ -77,25 +78,37 @@ def _keep(memory: torch.Tensor) -> None:
             del _kept[0]
 
 
-# By backward pass and cells, the loan of the buffer that the pass adds their gradient up in.
-_sums: dict[tuple[int, int], weakref.ref[Any]] = {}
+# By backward pass and parameter, the loan of the buffer that the pass adds the parameter's gradient up in. A parameter
+# is known by its address, which another may inherit: hence the reference to it.
+_sums: dict[tuple[int, int], tuple[weakref.ref[Any], TensorWeakRef]] = {}
 _pass_id: Callable[[], int] = getattr(torch._C, '_current_graph_task_id', lambda: -1)
 
 
-def sum_buffer(cells: torch.Tensor) -> tuple[torch.Tensor, bool]:
+def sum_buffer(cells: torch.Tensor, parameter: torch.Tensor | None = None) -> tuple[torch.Tensor, bool]:
     """Return where a layer's backward adds the gradient of its cells, and whether it is the first of this pass to.
 
     The first gets an uninitialized buffer, fills it and returns it as its gradient. The pass keeps that until every
-    layer with the same cells is done; meanwhile the others add to it, and return no gradient. When the pass lets go of
-    the buffer (because it added something itself, or needs no gradient of the cells), the next layer is a first one.
+    layer with the same parameter is done; meanwhile the others add to it, and return no gradient. When the pass lets go
+    of the buffer (because it added something itself, or needs no gradient of the cells), the next layer is a first one.
+
+    Args:
+        cells: The cells as the backward pass got them, ``(n, co, ci, *window)``: what hooks on saved tensors gave back.
+        parameter: The leaf of the graph that the forward pass was given as cells; None if they were computed, or are
+            not to be shared.
     """
-    key = _pass_id(), id(cells)
-    shared = key[0] >= 0 and cells.is_leaf and cells.device.type == 'cpu' and cells.nbytes >= _LARGE
-    loan = _sums[key]() if shared and key in _sums else None
+    shared = parameter is not None and _pass_id() >= 0 and is_plain(cells) and cells.nbytes >= _LARGE
+    if not shared or parameter is None:
+        return empty_buffer(cells.shape, cells), True
+    key = _pass_id(), id(parameter)
+    entry = _sums.get(key)
+    loan = entry[0]() if entry is not None and entry[1]() is parameter else None
     if loan is not None:
         return _borrowed(loan, cells.shape, cells.dtype), False
-    if not shared:
-        return empty_buffer(cells.shape, cells), True
     buffer, loan = _lend(cells.shape, cells.dtype)
-    _sums[key] = weakref.ref(loan, lambda _: _sums.pop(key, None))
+    _sums[key] = weakref.ref(loan, lambda dead: _forget(key, dead)), TensorWeakRef(parameter)
     return buffer, True
+
+
+def _forget(key: tuple[int, int], dead: weakref.ref[Any]) -> None:
+    if key in _sums and _sums[key][0] is dead:
+        del _sums[key]

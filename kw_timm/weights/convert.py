@@ -1,19 +1,15 @@
 """State dicts of the reference implementation <-> this package's, tensor by tensor."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..layers import KWLinear
 from .key_tables import rename, timm_names
+from .protocol import KWModel
 from .variants import REFERENCE_WAREHOUSE, check_variant
-
-if TYPE_CHECKING:
-    from ..models import KWNetwork
 
 __all__ = [
     'in_reference_order',
@@ -24,7 +20,7 @@ __all__ = [
 ]
 
 
-def to_timm_state_dict(state_dict: Mapping[str, Any], model: KWNetwork, strict: bool = True) -> dict[str, Any]:
+def to_timm_state_dict(state_dict: Mapping[str, Any], model: KWModel, strict: bool = True) -> dict[str, Any]:
     """Return weights under this package's names, whichever of the two naming schemes they come in.
 
     Args:
@@ -58,7 +54,7 @@ def to_timm_state_dict(state_dict: Mapping[str, Any], model: KWNetwork, strict: 
     return converted
 
 
-def reference_keys(model: KWNetwork) -> dict[str, str]:
+def reference_keys(model: KWModel) -> dict[str, str]:
     """Return ``{key of this package: key of the reference}`` for the model's state dict, in the reference's order."""
     names = _reference_names(model)
     keys = {key: rename(key, names) for key in model.state_dict()}
@@ -77,7 +73,7 @@ def in_reference_order(keys: Mapping[str, str]) -> dict[str, str]:
     return dict(sorted(keys.items(), key=rank))
 
 
-def to_reference_state_dict(model: KWNetwork) -> dict[str, torch.Tensor]:
+def to_reference_state_dict(model: KWModel) -> dict[str, torch.Tensor]:
     """Return a model's weights under the reference's names, in its shapes and in its order."""
     return rename_to_reference(model.state_dict(), reference_keys(model))
 
@@ -91,7 +87,7 @@ def rename_to_reference(state_dict: Mapping[str, torch.Tensor], keys: Mapping[st
     }
 
 
-def _reference_names(model: KWNetwork) -> dict[str, str]:
+def _reference_names(model: KWModel) -> dict[str, str]:
     classifier: nn.Module | None = getattr(model, 'classifier', None)
     name = 'classifier.1.conv' if isinstance(classifier, KWLinear) else 'classifier'
     return {timm: reference for reference, timm in timm_names(model.family, name).items()}

@@ -1,16 +1,13 @@
 """Tell variants apart by the shapes of their warehouses."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 import torch
 
-if TYPE_CHECKING:
-    from ..models import KWNetwork
+from .protocol import KWModel
 
 __all__ = ['REFERENCE_WAREHOUSE', 'check_variant', 'identify_variant', 'variant_shapes']
 
@@ -60,7 +57,7 @@ def identify_variant(state_dict: Mapping[str, Any]) -> str | None:
     return None
 
 
-def check_variant(state_dict: Mapping[str, Any], model: KWNetwork, strict: bool = True) -> None:
+def check_variant(state_dict: Mapping[str, Any], model: KWModel, strict: bool = True) -> None:
     """Raise ValueError unless weights have the warehouses of the model.
 
     Args:

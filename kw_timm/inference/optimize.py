@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..layers import KWLayer, Warehouse
 from .folding import norms_behind
-from .layers import KWLayer, Warehouse
-from .layers.optimized import CellStore, MixingWork, OptimizedKWLayer, bases_bytes
+from .layers import CellStore, MixingWork, OptimizedKWLayer, bases_bytes
 
 __all__ = ['MixingWork', 'OptimizationReport', 'mixing_work', 'optimization_report', 'optimize_for_inference']
 

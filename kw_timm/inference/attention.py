@@ -1,13 +1,12 @@
 """The attention of a KW layer for inference: two affine maps, all that lies between them folded."""
 
 import copy
-import math
 
 import torch
 from torch import nn
 
-from .attention import KWAttention, pool
-from .mixing import compiled_module, is_exporting, is_plain
+from ..layers.attention import KWAttention, pool
+from ..ops.attend import attend, can_attend
 
 __all__ = ['FoldedAttention', 'as_affine']
 
@@ -77,7 +76,6 @@ class FoldedAttention(nn.Module):
         """Return the coefficients of cells, or of bases."""
         if x.dim() < 3 or x.shape[1] != len(self.hidden_weight) or not self._fits(x):
             return self._with_torch(x, bases)
-        attend = _attend if is_plain(x) else torch.ops.kw_timm.attend
         coefficients = attend(
             x if x.is_contiguous() else pool(x, len(self.hidden_weight)),
             self.hidden_weight,
@@ -94,13 +92,8 @@ class FoldedAttention(nn.Module):
 
     def _fits(self, x: torch.Tensor) -> bool:
         norm = self.norm
-        return (
-            compiled_module() is not None
-            and x.device.type == 'cpu'
-            and x.dtype == self.hidden_weight.dtype == torch.float32
-            and not (is_exporting() or torch.jit.is_tracing() or torch.is_autocast_enabled('cpu'))
-            and (norm is None or (isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None))
-        )
+        plain = norm is None or (isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None)
+        return plain and can_attend(x, self.hidden_weight)
 
     def _warm(self, coefficients: torch.Tensor) -> torch.Tensor:
         if self.assignment is None:
@@ -126,59 +119,3 @@ def as_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[torch.Tensor, torc
     factor = torch.rsqrt(norm.running_var + norm.eps)
     shift = -norm.running_mean * factor
     return (factor, shift) if norm.weight is None else (factor * norm.weight, shift * norm.weight + norm.bias)
-
-
-def _attend(
-    x: torch.Tensor,
-    first: torch.Tensor,
-    first_bias: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    epsilon: float,
-    second: torch.Tensor,
-    second_bias: torch.Tensor,
-    mixtures: int,
-    bases: bool,
-) -> torch.Tensor:
-    batch, (channels, width) = x.shape[0], first.shape
-    logits = second.shape[1] // mixtures
-    work = x.new_empty(batch * (channels + width))
-    out = x.new_empty(batch, mixtures, width + 1 if bases else logits - 1)
-    module = compiled_module()
-    assert module is not None
-    module.attend(
-        x.data_ptr(),
-        first.data_ptr(),
-        first_bias.data_ptr(),
-        0 if norm_weight is None else norm_weight.data_ptr(),
-        0 if norm_bias is None else norm_bias.data_ptr(),
-        second.data_ptr(),
-        second_bias.data_ptr(),
-        work.data_ptr(),
-        out.data_ptr(),
-        batch,
-        channels,
-        math.prod(x.shape[2:]),
-        width,
-        mixtures,
-        logits,
-        epsilon,
-        bases,
-    )
-    return out
-
-
-def _attend_fake(  # type: ignore[no-untyped-def]
-    x, first, first_bias, norm_weight, norm_bias, epsilon, second, second_bias, mixtures, bases
-) -> torch.Tensor:
-    terms = first.shape[1] + 1 if bases else second.shape[1] // mixtures - 1
-    return x.new_empty(x.shape[0], mixtures, terms)
-
-
-_library = torch.library.Library('kw_timm', 'FRAGMENT')
-_library.define(
-    'attend(Tensor x, Tensor first, Tensor first_bias, Tensor? norm_weight, Tensor? norm_bias, float epsilon, '
-    'Tensor second, Tensor second_bias, int mixtures, bool bases) -> Tensor'
-)
-_library.impl('attend', _attend, 'CPU')
-torch.library.register_fake('kw_timm::attend', _attend_fake, lib=_library)

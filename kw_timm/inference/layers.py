@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .dynamic_conv import as_convolution, convolve_in_chunks
-from .folded_attention import FoldedAttention, as_affine
-from .functional import check_input, conv_per_sample
-from .kw_layers import KWLayer, KWLinear, describe, map_tokens
-from .mixing import mix_cells
+from ..layers import KWLayer, KWLinear
+from ..layers.kw_layers import describe, map_tokens
+from ..ops import convolve_fixed
+from .attention import FoldedAttention, as_affine
 
 __all__ = ['CellStore', 'MixingWork', 'OptimizedKWLayer', 'bases_bytes', 'store_cells']
 
@@ -142,10 +141,7 @@ class OptimizedKWLayer(nn.Module):
             raise ValueError('The layer needs cells or bases.')
         self.tokens = isinstance(layer, KWLinear)
         self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
-        self.grid, self.kernel_size, self.groups = layer.grid, layer.kernel_size, layer.groups
-        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
-        self.cell_size = layer.__dict__['warehouse'].weight[0].numel()
-        self.convolution = as_convolution(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        self.spec, self.description = layer.spec, describe(layer)
         self.__dict__['store'] = store
         self.attention = FoldedAttention(layer.attention)
         factors, bias = _affine(norm, layer.bias)
@@ -182,19 +178,14 @@ class OptimizedKWLayer(nn.Module):
     def extra_repr(self) -> str:
         """Return the arguments of the static layer, and the contractions there are."""
         ways = [way for way, there in (('cells', self.__dict__['store']), ('bases', self.bases)) if there is not None]
-        return f'{describe(self)}, from={" or ".join(ways)}'
+        return f'{self.description}, from={" or ".join(ways)}'
 
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
-        check_input(x, self.kernel_size, self.padding, self.dilation)
         source, scales, factors = self._source(self._uses_bases(x.shape[0]))
         coefficients = self.attention(x, bases=source is self.bases)
         if scales is not None:
             coefficients = coefficients * scales
-        conv = self.convolution
-        if conv is not None:
-            return convolve_in_chunks(x, coefficients, source, self.bias, self.grid, self.kernel_size, conv, factors)
-        kernels = mix_cells(coefficients, source, self.grid, self.kernel_size, factors)
-        return conv_per_sample(x, kernels, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return convolve_fixed(x, coefficients, source, self.bias, self.spec, factors)
 
     def _uses_bases(self, batch_size: int) -> bool:
         return batch_size >= self.bases_from
@@ -220,7 +211,7 @@ class OptimizedKWLayer(nn.Module):
         source = self._source(bases)[0]
         terms = self.attention.num_bases if bases else self.attention.num_cells
         read = source.numel() * source.element_size()
-        return MixingWork.of(batch_size, self.attention.num_mixtures, terms, self.cell_size, read)
+        return MixingWork.of(batch_size, self.attention.num_mixtures, terms, math.prod(self.spec.cell_shape), read)
 
 
 def _affine(norm: nn.BatchNorm2d | None, bias: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -238,7 +229,7 @@ def _make_bases(layer: KWLayer, attention: FoldedAttention, factors: torch.Tenso
     bases = (maps.flatten(0, 1) @ cells.flatten(1)).view(*maps.shape[:2], *cells.shape[1:])
     if factors is None:
         return bases
-    positions, out_groups, in_groups = layer.grid
+    positions, out_groups, in_groups = layer.spec.grid
     by_mixture = factors.view(1, out_groups, 1, -1).expand(positions, out_groups, in_groups, cells.shape[1])
     return bases.mul_(by_mixture.reshape(len(maps), 1, -1, *(1,) * (cells.dim() - 2)))
 

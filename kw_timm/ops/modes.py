@@ -1,0 +1,37 @@
+"""What torch is doing with the operations that run: computing, recording a graph, or transforming them."""
+
+import torch
+
+__all__ = ['is_exporting', 'is_making_graph', 'is_plain', 'is_tracing', 'is_transforming']
+
+# Before torch 2.7 exporting and compiling could not be told apart.
+is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+is_tracing = torch.jit.is_tracing
+
+_dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', lambda: 0)
+_functorch_level = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_making_graph() -> bool:
+    """Return whether what runs is being recorded, and should then serve any batch size."""
+    return bool(torch.compiler.is_compiling() or is_tracing())
+
+
+def is_transforming() -> bool:
+    """Return whether ``torch.func`` (``grad``, ``vmap``, ...) looks on, for which operations must be torch's own."""
+    return not torch.compiler.is_compiling() and _functorch_level() is not None
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor can be computed on at once: on a CPU, with nothing of torch looking on.
+
+    Else the operation goes through torch's dispatcher, so that tracers, counters and fake tensors see it.
+    """
+    return (
+        type(tensor) in _PLAIN
+        and tensor.device.type == 'cpu'
+        and not torch.compiler.is_compiling()
+        and not _dispatch_modes()
+        and _functorch_level() is None
+    )

@@ -1,0 +1,85 @@
+"""The straightforward path: mix all cells for every sample, then one grouped convolution over the batch.
+
+Short and obviously right; every faster way is held against it.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .spec import ConvSpec
+
+__all__ = ['arrange_gradient', 'arrange_kernels', 'assemble_kernels', 'conv_per_sample', 'straightforward_conv']
+
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def straightforward_conv(
+    x: torch.Tensor, coefficients: torch.Tensor, cells: torch.Tensor, bias: torch.Tensor | None, spec: ConvSpec
+) -> torch.Tensor:
+    """Assemble every sample's kernel from the cells and convolve the sample with it.
+
+    Arguments and result as :func:`~kw_timm.ops.kernel_warehouse_conv`, which checks them and pads the input's end.
+    """
+    kernels = assemble_kernels(coefficients, cells, spec)
+    return conv_per_sample(x, kernels.to(x.dtype), bias, spec)
+
+
+def assemble_kernels(coefficients: torch.Tensor, cells: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
+    """Rebuild a layer's kernel for every sample.
+
+    ``W[b, og * co + o, ig * ci + i, s] = sum_j coefficients[b, (s, og, ig), j] * cells[j, o, i]``
+
+    Args:
+        coefficients: Attention, ``(B, m, n)``.
+        cells: Warehouse cells, ``(n, co, ci, *window)``.
+        spec: The layer's constants.
+
+    Returns:
+        Kernels, ``(B, O, I / groups, *kernel_size)``.
+    """
+    return arrange_kernels(coefficients @ cells.flatten(1).to(coefficients.dtype), spec)
+
+
+def arrange_kernels(mixed: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
+    """Put mixtures ``(B, m, co * ci * window)`` in their places; result as :func:`assemble_kernels`."""
+    positions, out_groups, in_groups = spec.grid
+    cell_out, cell_in, *window = spec.cell_shape
+    # One of `positions` and `window` is 1; together they are the flattened kernel window.
+    parts = mixed.reshape(mixed.shape[0], positions, out_groups, in_groups, cell_out, cell_in, math.prod(window))
+    return parts.permute(0, 2, 4, 3, 5, 1, 6).reshape(mixed.shape[0], *spec.kernel_shape)
+
+
+def arrange_gradient(grad_kernels: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
+    """Gradient of :func:`arrange_kernels`: from that of the kernels to ``(B, m, co * ci * window)``, contiguous."""
+    positions, out_groups, in_groups = spec.grid
+    cell_out, cell_in, *window = spec.cell_shape
+    parts = grad_kernels.reshape(-1, out_groups, cell_out, in_groups, cell_in, positions, math.prod(window))
+    return parts.permute(0, 5, 1, 3, 2, 4, 6).reshape(grad_kernels.shape[0], math.prod(spec.grid), -1).contiguous()
+
+
+def conv_per_sample(x: torch.Tensor, kernels: torch.Tensor, bias: torch.Tensor | None, spec: ConvSpec) -> torch.Tensor:
+    """Convolve each sample with its own kernel.
+
+    Args:
+        x: Inputs, ``(B, C, *spatial)``.
+        kernels: ``(B, O, C / groups, *k)``.
+        bias: ``(O,)`` or None, the same for all samples.
+        spec: The layer's constants.
+
+    Returns:
+        ``(B, O, *spatial')``.
+    """
+    batch, conv = x.shape[0], CONV[x.dim() - 2]
+    if batch == 0:
+        # A grouped convolution cannot have zero groups; any one kernel gives the right empty output.
+        kernel = kernels.new_zeros(kernels.shape[1:])
+        return conv(x, kernel, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+    # The batch becomes groups of one wide sample, which is what lets every sample have its own kernel.
+    wide = x.reshape(1, batch * x.shape[1], *x.shape[2:])
+    y = conv(wide, kernels.flatten(0, 1), None, spec.stride, spec.padding, spec.dilation, batch * spec.groups)
+    y = y.reshape(batch, kernels.shape[1], *y.shape[2:])
+    if bias is not None:
+        y = y + bias.to(y.dtype).view(-1, *(1,) * (y.dim() - 2))
+    return y
