@@ -5,8 +5,20 @@
 
 from .backbone import KWBackbone
 from .checks import check_config, check_neck
+from .configs import configs_path
 from .features import PyramidFeatures
+from .generation import trust_checkpoints
 from .hooks import TemperatureHook
 from .optim import ConvNeXtLayerDecay
 
-__all__ = ['ConvNeXtLayerDecay', 'KWBackbone', 'PyramidFeatures', 'TemperatureHook', 'check_config', 'check_neck']
+trust_checkpoints()
+
+__all__ = [
+    'ConvNeXtLayerDecay',
+    'KWBackbone',
+    'PyramidFeatures',
+    'TemperatureHook',
+    'check_config',
+    'check_neck',
+    'configs_path',
+]

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from .compat import BACKBONES, BaseModule
+from .generation import BACKBONES, BaseModule
 from .features import PyramidFeatures
 
 __all__ = ['KWBackbone']

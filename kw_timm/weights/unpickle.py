@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ['EMA_KEYS', 'RefusedFileError', 'load_pickled', 'select_weights', 'unreadable']
+__all__ = ['EMA_KEYS', 'RefusedFileError', 'allowed_globals', 'load_pickled', 'select_weights', 'unreadable']
 
 _ZIP_MAGIC = b'PK\x03\x04'
 _PICKLE_MAGIC = b'\x80'
@@ -22,7 +22,7 @@ class RefusedFileError(ValueError):
     """A weight file holds objects that are not on the allow-list; nothing of it was run."""
 
 
-def _allowed_globals() -> list[Any]:
+def allowed_globals() -> list[Any]:
     """Return what may be unpickled besides torch's own tensors and containers.
 
     Training arguments are an ``argparse.Namespace``; MMCV keeps metrics in its ``meta`` as numpy scalars and arrays,
@@ -67,7 +67,9 @@ def load_pickled(file: Path, mmap: bool = False) -> Any:
             f"The file '{file}' cannot be read: it is a web page, not a weight file. Its host answered with a page "
             f'(often a download quota). Open the link in a browser, or try again later.'
         )
-    with torch.serialization.safe_globals(_allowed_globals()):
+    # What is on torch's own list stays there: the context takes away afterwards all that it was given.
+    missing = [entry for entry in allowed_globals() if entry not in torch.serialization.get_safe_globals()]
+    with torch.serialization.safe_globals(missing):
         try:
             return torch.load(file, map_location='cpu', weights_only=True, mmap=mmap and start.startswith(_ZIP_MAGIC))
         except pickle.UnpicklingError as error:
