@@ -3,6 +3,8 @@
 ``custom_imports = dict(imports=['kw_mmdet'])`` in a config registers ``KWBackbone``.
 """
 
+from .operators import use_torchvision_ops  # isort: skip  (what follows imports mmcv.ops)
+
 from .backbone import KWBackbone
 from .checks import check_config, check_neck
 from .configs import configs_path
@@ -21,4 +23,5 @@ __all__ = [
     'check_config',
     'check_neck',
     'configs_path',
+    'use_torchvision_ops',
 ]
