@@ -13,10 +13,8 @@ GENERATION = int(mmdet.__version__.partition('.')[0])
 
 if GENERATION == 2:
     from .mmdet2 import *  # noqa: F403
-    from .mmdet2 import CHECKPOINT_CLASSES
 else:
     from .mmdet3 import *  # noqa: F403
-    from .mmdet3 import CHECKPOINT_CLASSES
 
 
 def trust_checkpoints() -> None:
@@ -25,4 +23,4 @@ def trust_checkpoints() -> None:
     torch refuses by default all but tensors and plain containers; checkpoints hold numpy values too, and mmengine's
     hold the history of its logs. These go on torch's allow-list. Everything else is still refused.
     """
-    torch.serialization.add_safe_globals([*allowed_globals(), *CHECKPOINT_CLASSES])
+    torch.serialization.add_safe_globals(allowed_globals())

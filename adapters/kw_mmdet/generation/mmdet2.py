@@ -10,7 +10,6 @@ from mmdet.models.builder import BACKBONES
 
 __all__ = [
     'BACKBONES',
-    'CHECKPOINT_CLASSES',
     'CLASSES_KEY',
     'HOOKS',
     'OPTIM_CONSTRUCTORS',
@@ -24,8 +23,6 @@ __all__ = [
     'steps_per_epoch',
 ]
 
-# Classes of which the framework writes instances into checkpoints.
-CHECKPOINT_CLASSES: tuple[type, ...] = ()
 # Where a data set's config names its classes.
 CLASSES_KEY = 'classes'
 
