@@ -48,7 +48,8 @@ class Recorder(nn.Module):
         optimizer = kwargs.get('optim_wrapper') or args[1]
         self.rates.append(optimizer.param_groups[0]['lr'])
         getattr(optimizer, 'optimizer', optimizer).step()
-        return dict(loss=torch.zeros(()), log_vars={}, num_samples=1)
+        outputs = dict(loss=torch.zeros(()))
+        return outputs | dict(log_vars={}, num_samples=1) if GENERATION == 2 else outputs
 
 
 if GENERATION == 2:

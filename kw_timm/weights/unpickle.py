@@ -106,9 +106,10 @@ def load_pickled(file: Path, mmap: bool = False) -> Any:
 
 
 def _refused_names(file: Path, message: str) -> list[str]:
+    names: list[str] = []
     with contextlib.suppress(Exception):  # Only files of the zip format can be asked.
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))
-    return sorted(set(re.findall(r'GLOBAL ([\w.]+)', message)))
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))
+    return names or sorted(set(re.findall(r'GLOBAL ([\w.]+)', message)))
 
 
 def unreadable(file: Path, error: Exception) -> ValueError:
