@@ -231,6 +231,8 @@ class PyramidFeatures(nn.Module):
                 'Padding cannot be left out with grad_checkpointing: the features would be computed again with it. '
                 'Train without one of the two.'
             )
+        if len(sizes) != len(x):
+            raise ValueError(f'There are {len(sizes)} sizes for {len(x)} images; give (height, width) of each.')
         with without_padding(self.model, sizes, (x.shape[-2], x.shape[-1])):
             return self._levels(x)
 
