@@ -2,21 +2,26 @@
 
 import importlib.util
 import itertools
+import subprocess
 import sys
 import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-import kw_mmdet  # before mmcv.ops
-import mmcv.ops
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip('mmdet', reason='needs MMDetection')
+import kw_mmdet  # before mmcv.ops
+import mmcv.ops
+import mmcv_cases
 from kw_mmdet import operators
 from mmcv_cases import ACROSS, DOWN, RECORD, SCALE, TYPES, nms_results, random_boxes, regions, roi_align_results
 
 # Relative to the largest value. float16: gradients are added up in float32 here, in float16 by compiled mmcv.
 TOLERANCE = {'float16': 1e-3, 'float32': 1e-6, 'float64': 1e-12}
+CONFIG = Path(__file__).parent.parent / 'configs/shapes/mask_rcnn_kw1x_mobilenetv2_050_fpn_shapes.py'
 ACCELERATORS = [
     name for name, there in [('cuda', torch.cuda.is_available()), ('mps', torch.backends.mps.is_available())] if there
 ]
@@ -77,6 +82,14 @@ def test_roi_align_gives_what_compiled_mmcv_gave(ours):
     check_against_record(roi_align_results())
 
 
+def test_mmcv_2_gets_the_same_numbers(mmdet3_python, tmp_path):
+    target = tmp_path / 'results.npz'
+    subprocess.run([mmdet3_python, '-W', 'ignore', mmcv_cases.__file__, target], check=True, timeout=240)
+    with np.load(target) as results:
+        check_against_record(dict(results))
+        assert set(results) == set(np.load(RECORD))
+
+
 @pytest.mark.mmcv_full
 def test_compiled_mmcv_gives_what_was_recorded(compiled):
     check_against_record({**nms_results(), **roi_align_results()})
@@ -114,6 +127,47 @@ def test_roi_align_equals_compiled_bit_by_bit(compiled, kind):
             agree(gradient[0].double().numpy(), gradient[1].double().numpy(), kind)
         else:
             assert torch.equal(*gradient)
+
+
+def detector_results() -> list[torch.Tensor]:
+    """Loss, gradients and detections of the demo's Mask R-CNN, for one image with two objects."""
+    from mmcv import Config
+    from mmdet.core.mask import BitmapMasks
+    from mmdet.models import build_detector
+
+    torch.manual_seed(0)
+    np.random.seed(0)
+    detector = build_detector(Config.fromfile(str(CONFIG)).model)
+    size, boxes = 128, [[8, 16, 72, 64], [40, 30, 120, 110]]
+    masks = np.zeros((2, size, size), np.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes, strict=True):
+        mask[top:bottom, left:right] = 1
+    shape = (size, size, 3)
+    metas = [dict(img_shape=shape, ori_shape=shape, pad_shape=shape, scale_factor=np.ones(4, np.float32), flip=False)]
+    image = torch.randn(1, 3, size, size)
+    losses = detector.train().forward_train(
+        image,
+        metas,
+        gt_bboxes=[torch.tensor(boxes).float()],
+        gt_labels=[torch.tensor([0, 1])],
+        gt_masks=[BitmapMasks(masks, size, size)],
+    )
+    loss, _ = detector._parse_losses(losses)
+    loss.backward()
+    with torch.no_grad():
+        ((found, segments),) = detector.eval().simple_test(image, metas)
+    assert sum(map(len, found)) > 10
+    gradients = [p.grad for p in detector.parameters() if p.grad is not None]
+    pictures = [torch.from_numpy(np.stack(of_class)) for of_class in segments if of_class]
+    return [loss.detach(), *gradients, *map(torch.from_numpy, found), *pictures]
+
+
+@pytest.mark.mmcv_full
+def test_detector_trains_and_detects_as_with_compiled_operators(compiled, monkeypatch):
+    expected = detector_results()
+    for name in ('nms', 'roi_align'):
+        monkeypatch.setattr(sys.modules[f'mmcv.ops.{name}'], 'ext_module', operators)
+    assert all(itertools.starmap(torch.equal, zip(detector_results(), expected, strict=True)))
 
 
 @pytest.mark.gpu
