@@ -25,6 +25,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
+@pytest.fixture(scope='session')
+def mmdet3_python() -> Path:
+    """The interpreter of the environment with MMDetection 3.x, which tests run as a process of its own."""
+    folder = Path(os.environ.get('KW_TIMM_VENV3', Path(__file__).parent.parent / '.venv3'))
+    if not (folder / '.ready').is_file():
+        pytest.skip(f'there is no environment with MMDetection 3.x in {folder}; run: make setup3')
+    return folder / 'bin/python'
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Iterator[HubServer]:
     """A Hub and file host on loopback; clients of this process talk to it, with a cache and store of their own."""
