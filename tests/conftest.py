@@ -15,6 +15,7 @@ import pytest
 import torch
 from hub_server import HubServer, running_hub
 
+ROOT = Path(__file__).parent.parent
 # Small tensors gain nothing from more, and on a machine that does other work too they lose much: threads spin.
 torch.set_num_threads(1)
 
@@ -23,15 +24,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest, so that two processes end together."""
     longest = ('test_tools.py', 'test_golden.py', 'test_configs.py')
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
-
-
-@pytest.fixture(scope='session')
-def mmdet3_python() -> Path:
-    """The interpreter of the environment with MMDetection 3.x, which tests run as a process of its own."""
-    folder = Path(os.environ.get('KW_TIMM_VENV3', Path(__file__).parent.parent / '.venv3'))
-    if not (folder / '.ready').is_file():
-        pytest.skip(f'there is no environment with MMDetection 3.x in {folder}; run: make setup3')
-    return folder / 'bin/python'
 
 
 @pytest.fixture
@@ -69,3 +61,14 @@ def stored(converted_folder, tmp_path, monkeypatch) -> Path:
     shutil.copytree(converted_folder, target)
     monkeypatch.setenv('KW_TIMM_HOME', str(tmp_path / 'store'))
     return target
+
+
+@pytest.fixture(scope='session')
+def mmdet3_python() -> Path:
+    """The interpreter of an environment with MMDetection 3."""
+    python = Path(os.environ.get('KW_TIMM_MMDET3_PYTHON') or ROOT / '.venv3/bin/python')
+    if not python.is_file():
+        pytest.skip(
+            f'needs MMDetection 3: there is no {python}. Run make setup3, or let KW_TIMM_MMDET3_PYTHON name one'
+        )
+    return python

@@ -7,9 +7,13 @@ from .operators import use_torchvision_ops  # isort: skip  (what follows imports
 
 from .backbone import KWBackbone
 from .checks import check_config, check_neck
+from .configs import configs_path
 from .features import PyramidFeatures
+from .generation import trust_checkpoints
 from .hooks import TemperatureHook
 from .optim import ConvNeXtLayerDecay
+
+trust_checkpoints()
 
 __all__ = [
     'ConvNeXtLayerDecay',
@@ -18,5 +22,6 @@ __all__ = [
     'TemperatureHook',
     'check_config',
     'check_neck',
+    'configs_path',
     'use_torchvision_ops',
 ]

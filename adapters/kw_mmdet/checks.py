@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .features import PyramidFeatures
+from .generation import CLASSES_KEY, dataset_classes, dataset_key
 
 __all__ = ['check_config', 'check_data', 'check_neck']
 
@@ -17,7 +18,7 @@ def check_config(config: Mapping[str, Any], splits: tuple[str, ...] = ('train', 
 
     Args:
         config: Loaded config.
-        splits: Parts of ``config['data']`` that will be used.
+        splits: Data sets that will be used.
 
     Raises:
         ValueError: If neck and backbone, or classes and heads or annotations, disagree.
@@ -25,7 +26,8 @@ def check_config(config: Mapping[str, Any], splits: tuple[str, ...] = ('train', 
     """
     check_neck(config['model'])
     for split in splits:
-        for dataset in _datasets(config.get('data', {}).get(split)):
+        section, _, name = dataset_key(split).partition('.')
+        for dataset in _datasets((config.get(section) or {}).get(name)):
             check_data(dataset, split, set(_num_classes(config['model'])))
 
 
@@ -68,16 +70,17 @@ def check_data(dataset: Mapping[str, Any], split: str, num_classes: set[int]) ->
     path = Path(dataset.get('data_root') or '', dataset['ann_file'])
     if not path.is_file():
         raise FileNotFoundError(
-            f"There is no annotation file '{path}' (data.{split}.ann_file). Check data_root and ann_file of the config."
+            f"There is no annotation file '{path}' ({dataset_key(split)}.ann_file). "
+            f'Check data_root and ann_file of the config.'
         )
-    classes = dataset.get('classes')
+    classes = dataset_classes(dataset)
     if classes is None:
         return  # COCO's own 80 classes; the file is large, and MMDetection reads it
     names = Path(classes).read_text().split('\n') if isinstance(classes, str) else list(classes)
     names = [name for name in names if name]
     if num_classes and num_classes != {len(names)}:
         raise ValueError(
-            f'data.{split} has {len(names)} classes, but the heads have num_classes={sorted(num_classes)}. '
+            f'{dataset_key(split)} has {len(names)} classes, but the heads have num_classes={sorted(num_classes)}. '
             f'Set num_classes={len(names)} in model.roi_head.bbox_head and model.roi_head.mask_head.'
         )
     try:
@@ -88,7 +91,7 @@ def check_data(dataset: Mapping[str, Any], split: str, num_classes: set[int]) ->
     if missing:
         raise ValueError(
             f"The annotation file '{path}' has no class named {', '.join(missing)}; it has {', '.join(sorted(found))}. "
-            f'Set data.{split}.classes to names that the file has.'
+            f'Set {dataset_key(split)}.{CLASSES_KEY} to names that the file has.'
         )
 
 
