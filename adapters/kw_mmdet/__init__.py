@@ -9,11 +9,13 @@ from .backbone import KWBackbone
 from .checks import check_config, check_neck
 from .configs import configs_path
 from .features import PyramidFeatures
+from .fusing import protect_timm_networks
 from .generation import trust_checkpoints
 from .hooks import TemperatureHook
 from .optim import ConvNeXtLayerDecay
 
 trust_checkpoints()
+protect_timm_networks()
 
 __all__ = [
     'ConvNeXtLayerDecay',
