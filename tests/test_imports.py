@@ -18,7 +18,8 @@ FLOORS = (
     ('kw_timm.weights', 'kw_timm.padding'),
     ('kw_timm.models',),
     ('kw_timm',),
-    ('kw_timm.pyramid', 'kw_timm.benchmark'),
+    ('kw_timm.pyramid', 'kw_timm.random_weights'),
+    ('kw_timm.benchmark',),
     ('kw_timm.cli', 'kw_mmdet', 'kw_hub'),
     ('kw_timm.__main__',),
 )

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .compat import BACKBONES, BaseModule
 from .features import PyramidFeatures
+from .generation import BACKBONES, BaseModule
 from .padding import BatchSizes, follow_detectors, sizes_of
 from .sources import weights_source
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from kw_timm import set_temperature
 
-from .compat import HOOKS, Hook
+from .generation import HOOKS, Hook, steps_per_epoch
 
 __all__ = ['TemperatureHook']
 
@@ -43,9 +43,9 @@ class TemperatureHook(Hook):
         # A new list: the runner is going through the old one.
         runner._hooks = [*hooks[:place], end, *hooks[place:], self]
 
-    def before_train_iter(self, runner: Any) -> None:
+    def before_train_iter(self, runner: Any, *_: Any, **__: Any) -> None:
         """Set the temperature of the step about to be taken; steps count from 1."""
-        steps = self.epochs * len(runner.data_loader)
+        steps = self.epochs * steps_per_epoch(runner)
         set_temperature(runner.model, max(0.0, 1 - (runner.iter + 1) / steps))
 
     def after_run(self, runner: Any) -> None:

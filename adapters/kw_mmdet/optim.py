@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from .compat import OPTIMIZER_BUILDERS, DefaultOptimizerConstructor
+from .generation import OPTIM_CONSTRUCTORS, DefaultOptimizerConstructor
 
 __all__ = ['ConvNeXtLayerDecay', 'convnext_layer_id']
 
@@ -33,12 +33,13 @@ def convnext_layer_id(name: str) -> int:
     return 3 + (int(block) // 3 if block else 0) if stage == 2 else NUM_LAYERS
 
 
-@OPTIMIZER_BUILDERS.register_module()
+@OPTIM_CONSTRUCTORS.register_module()
 class ConvNeXtLayerDecay(DefaultOptimizerConstructor):
     """Optimizer constructor: learning rate times ``decay_rate ** (7 - layer id)``.
 
     One-dimensional parameters and biases get no weight decay. In a config:
-    ``optimizer = dict(constructor='ConvNeXtLayerDecay', paramwise_cfg=dict(decay_rate=0.95), ...)``.
+    ``optimizer = dict(constructor='ConvNeXtLayerDecay', paramwise_cfg=dict(decay_rate=0.95), ...)``, in MMDetection 3.x
+    the same keys in ``optim_wrapper``.
     """
 
     def _validate_cfg(self) -> None:

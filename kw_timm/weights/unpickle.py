@@ -5,16 +5,18 @@ import contextlib
 import importlib
 import pickle
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ['EMA_KEYS', 'RefusedFileError', 'load_pickled', 'select_weights', 'unreadable']
+__all__ = ['EMA_KEYS', 'RefusedFileError', 'allowed_globals', 'load_pickled', 'select_weights', 'unreadable']
 
 _ZIP_MAGIC = b'PK\x03\x04'
 _PICKLE_MAGIC = b'\x80'
 EMA_KEYS = ('model_ema', 'state_dict_ema')
+_HISTORY_MODULE = 'mmengine.logging.history_buffer'
 _PLAIN_KEYS = ('model', 'state_dict')
 
 
@@ -22,13 +24,30 @@ class RefusedFileError(ValueError):
     """A weight file holds objects that are not on the allow-list; nothing of it was run."""
 
 
-def _allowed_globals() -> list[Any]:
+class _LogHistory:
+    """What the history of a log in mmengine's checkpoints is read as where mmengine is not in use."""
+
+
+def _log_history() -> type:
+    mmengine = sys.modules.get(_HISTORY_MODULE)
+    return mmengine.HistoryBuffer if mmengine else _LogHistory
+
+
+def _statistic(owner: Any, name: Any) -> Any:
+    """Stand for ``getattr``, by which such a history names its methods; gives nothing else."""
+    if owner is not _log_history() or name not in ('min', 'max', 'mean', 'current'):
+        raise pickle.UnpicklingError(f'Unsupported global: GLOBAL getattr of {owner!r}: {name!r}')
+    return getattr(owner, name, None)
+
+
+def allowed_globals() -> list[Any]:
     """Return what may be unpickled besides torch's own tensors and containers.
 
     Training arguments are an ``argparse.Namespace``; MMCV keeps metrics in its ``meta`` as numpy scalars and arrays,
-    under the module names of numpy 1 or numpy 2.
+    under the module names of numpy 1 or numpy 2; mmengine keeps the histories of its logs, which hold such arrays.
     """
-    allowed: list[Any] = [argparse.Namespace]
+    allowed: list[Any] = [argparse.Namespace, (_log_history(), f'{_HISTORY_MODULE}.HistoryBuffer')]
+    allowed.append((_statistic, 'builtins.getattr'))
     with contextlib.suppress(ImportError):
         np: Any = importlib.import_module('numpy')
         codecs: Any = importlib.import_module('_codecs')
@@ -67,7 +86,9 @@ def load_pickled(file: Path, mmap: bool = False) -> Any:
             f"The file '{file}' cannot be read: it is a web page, not a weight file. Its host answered with a page "
             f'(often a download quota). Open the link in a browser, or try again later.'
         )
-    with torch.serialization.safe_globals(_allowed_globals()):
+    # What is on torch's own list stays there: the context takes away afterwards all that it was given.
+    missing = [entry for entry in allowed_globals() if entry not in torch.serialization.get_safe_globals()]
+    with torch.serialization.safe_globals(missing):
         try:
             return torch.load(file, map_location='cpu', weights_only=True, mmap=mmap and start.startswith(_ZIP_MAGIC))
         except pickle.UnpicklingError as error:

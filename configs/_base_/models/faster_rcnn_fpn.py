@@ -1,4 +1,6 @@
 # Faster R-CNN with FPN, as MMDetection's faster_rcnn_r50_fpn. Leaves set the backbone and the neck's in_channels.
+# MMDetection 3.x keeps mean, std and padding in the model, 2.x in the data set's pipeline.
+_base_ = [] if __import__('mmdet').__version__[0] == '2' else ['../mmdet3/data_preprocessor.py']
 model = dict(
     type='FasterRCNN',
     backbone=dict(type='KWBackbone', out_indices=(0, 1, 2, 3), norm_eval=True),

@@ -1,4 +1,3 @@
 # The 1x schedule with ConvNeXt's layer-wise learning-rate decay.
-_base_ = './adamw_1x.py'
-optimizer = dict(constructor='ConvNeXtLayerDecay', paramwise_cfg=dict(_delete_=True, decay_rate=0.95))
-lr_config = dict(step=[9, 11])
+# In the form of the MMDetection that is installed; the values are in ../values.
+_base_ = f'../mmdet{__import__("mmdet").__version__[0]}/adamw_1x_convnext.py'

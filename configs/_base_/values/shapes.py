@@ -1,0 +1,20 @@
+# The demo: small images, small batches, a short schedule.
+shapes = dict(
+    classes=('circle', 'square', 'triangle'),
+    train_ann_file='work_dirs/shapes/data/annotations/train.json',
+    train_images='work_dirs/shapes/data/train/',
+    val_ann_file='work_dirs/shapes/data/annotations/val.json',
+    val_images='work_dirs/shapes/data/val/',
+    batch=4,
+    workers=0,
+    scale=(192, 192),
+    flip=0.5,
+    flips=['horizontal', 'vertical', 'diagonal'],
+    epochs=8,
+    milestones=[7],
+    warmup_iters=100,
+    warmup_end=101,
+    lr=0.001,
+    log_interval=20,
+    checkpoints=2,
+)
