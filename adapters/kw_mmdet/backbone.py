@@ -4,8 +4,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from .generation import BACKBONES, BaseModule
 from .features import PyramidFeatures
+from .generation import BACKBONES, BaseModule
 
 __all__ = ['KWBackbone']
 
