@@ -25,6 +25,7 @@ def start_on_cpus(module: ModuleType) -> None:
         if torch.cuda.device_count():
             original(backend, **kwargs)
         else:
+            kwargs.pop('init_backend', None)  # mmengine's choice of a library; here it is always torch
             dist.init_process_group('gloo' if backend == 'nccl' else backend, **kwargs)
 
     module._init_dist_pytorch = init_dist_pytorch
