@@ -15,6 +15,7 @@ import pytest
 import torch
 from hub_server import HubServer, running_hub
 
+ROOT = Path(__file__).parent.parent
 # Small tensors gain nothing from more, and on a machine that does other work too they lose much: threads spin.
 torch.set_num_threads(1)
 
@@ -60,3 +61,14 @@ def stored(converted_folder, tmp_path, monkeypatch) -> Path:
     shutil.copytree(converted_folder, target)
     monkeypatch.setenv('KW_TIMM_HOME', str(tmp_path / 'store'))
     return target
+
+
+@pytest.fixture(scope='session')
+def mmdet3_python() -> Path:
+    """The interpreter of an environment with MMDetection 3."""
+    python = Path(os.environ.get('KW_TIMM_MMDET3_PYTHON') or ROOT / '.venv3/bin/python')
+    if not python.is_file():
+        pytest.skip(
+            f'needs MMDetection 3: there is no {python}; KW_TIMM_MMDET3_PYTHON names an interpreter that has it'
+        )
+    return python

@@ -15,8 +15,8 @@ from kw_timm.weights import to_reference_state_dict
 pytest.importorskip('mmdet', reason='needs MMDetection')
 from kw_mmdet import KWBackbone, TemperatureHook, check_config, check_neck
 from kw_mmdet.features import PyramidFeatures
-from mmcv.runner import load_checkpoint, save_checkpoint
-from mmdet.models import build_backbone
+from kw_mmdet.generation import BACKBONES
+from mmdet_forms import load_checkpoint, save
 
 SMALL = ('kw1x_resnet18', 'kw1x_mobilenetv2_050', 'kw1x_convnext_tiny', 'resnet18', 'mobilenetv2_050', 'regnetx_002')
 
@@ -29,7 +29,7 @@ def without_gradient(module: nn.Module, x: torch.Tensor) -> list[str]:
 @pytest.mark.parametrize('name', SMALL)
 @pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (1, 2), (-1,)])
 def test_levels_and_no_dead_parameters(name, out_indices):
-    backbone = build_backbone(dict(type='KWBackbone', name=name, out_indices=out_indices)).train()
+    backbone = BACKBONES.build(dict(type='KWBackbone', name=name, out_indices=out_indices)).train()
     features = backbone(torch.randn(2, 3, 64, 96))
     assert isinstance(features, tuple)
     for feature, channels, stride in zip(features, backbone.out_channels, backbone.strides, strict=True):
@@ -163,7 +163,7 @@ def test_temperature_reaches_a_detector_backbone():
 def test_temperature_hook_follows_the_schedule():
     backbone = KWBackbone('kw1x_resnet18')
     hook = TemperatureHook(epochs=2)
-    runner = SimpleNamespace(model=backbone, data_loader=range(5), iter=0)
+    runner = SimpleNamespace(model=backbone, data_loader=range(5), train_dataloader=range(5), iter=0)
     for runner.iter in range(12):
         hook.before_train_iter(runner)
         assert kw_timm.get_temperature(backbone) == pytest.approx(max(0.0, 1 - (runner.iter + 1) / 10))
@@ -175,9 +175,9 @@ def test_temperature_hook_follows_the_schedule():
         TemperatureHook(epochs=0)
 
 
-def test_mmcv_checkpoint_holds_weights_alone(tmp_path):
+def test_framework_checkpoint_holds_weights_alone(tmp_path):
     backbone = KWBackbone('kw1x_resnet18')
-    save_checkpoint(backbone, str(tmp_path / 'checkpoint.pth'))
+    save(backbone, tmp_path / 'checkpoint.pth')
     saved = torch.load(tmp_path / 'checkpoint.pth', weights_only=True)['state_dict']
     assert saved.keys() == backbone.state_dict().keys()
     copy = KWBackbone('kw1x_resnet18')

@@ -70,7 +70,8 @@ def check_data(dataset: Mapping[str, Any], split: str, num_classes: set[int]) ->
     path = Path(dataset.get('data_root') or '', dataset['ann_file'])
     if not path.is_file():
         raise FileNotFoundError(
-            f"There is no annotation file '{path}' ({dataset_key(split)}.ann_file). Check data_root and ann_file of the config."
+            f"There is no annotation file '{path}' ({dataset_key(split)}.ann_file). "
+            f'Check data_root and ann_file of the config.'
         )
     classes = dataset_classes(dataset)
     if classes is None:

@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import pickle
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ __all__ = ['EMA_KEYS', 'RefusedFileError', 'allowed_globals', 'load_pickled', 's
 _ZIP_MAGIC = b'PK\x03\x04'
 _PICKLE_MAGIC = b'\x80'
 EMA_KEYS = ('model_ema', 'state_dict_ema')
+_HISTORY_MODULE = 'mmengine.logging.history_buffer'
 _PLAIN_KEYS = ('model', 'state_dict')
 
 
@@ -22,13 +24,30 @@ class RefusedFileError(ValueError):
     """A weight file holds objects that are not on the allow-list; nothing of it was run."""
 
 
+class _LogHistory:
+    """What the history of a log in mmengine's checkpoints is read as where mmengine is not in use."""
+
+
+def _log_history() -> type:
+    mmengine = sys.modules.get(_HISTORY_MODULE)
+    return mmengine.HistoryBuffer if mmengine else _LogHistory
+
+
+def _statistic(owner: Any, name: Any) -> Any:
+    """Stand for ``getattr``, by which such a history names its methods; gives nothing else."""
+    if owner is not _log_history() or name not in ('min', 'max', 'mean', 'current'):
+        raise pickle.UnpicklingError(f'Unsupported global: GLOBAL getattr of {owner!r}: {name!r}')
+    return getattr(owner, name, None)
+
+
 def allowed_globals() -> list[Any]:
     """Return what may be unpickled besides torch's own tensors and containers.
 
     Training arguments are an ``argparse.Namespace``; MMCV keeps metrics in its ``meta`` as numpy scalars and arrays,
-    under the module names of numpy 1 or numpy 2.
+    under the module names of numpy 1 or numpy 2; mmengine keeps the histories of its logs, which hold such arrays.
     """
-    allowed: list[Any] = [argparse.Namespace]
+    allowed: list[Any] = [argparse.Namespace, (_log_history(), f'{_HISTORY_MODULE}.HistoryBuffer')]
+    allowed.append((_statistic, 'builtins.getattr'))
     with contextlib.suppress(ImportError):
         np: Any = importlib.import_module('numpy')
         codecs: Any = importlib.import_module('_codecs')

@@ -13,7 +13,6 @@ from mmdet.models.builder import BACKBONES
 
 __all__ = [
     'BACKBONES',
-    'CHECKPOINT_CLASSES',
     'CLASSES_KEY',
     'HOOKS',
     'OPTIM_CONSTRUCTORS',
@@ -32,8 +31,6 @@ __all__ = [
     'untrained_detector',
 ]
 
-# Classes of which the framework writes instances into checkpoints.
-CHECKPOINT_CLASSES: tuple[type, ...] = ()
 # Where a data set's config names its classes.
 CLASSES_KEY = 'classes'
 

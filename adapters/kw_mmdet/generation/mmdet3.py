@@ -10,7 +10,6 @@ from mmdet.apis.inference import inference_detector, init_detector
 from mmengine.config import Config, DictAction
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hooks import Hook
-from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModule
 from mmengine.optim import DefaultOptimWrapperConstructor as DefaultOptimizerConstructor
 
@@ -21,7 +20,6 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as OPTIM_CONSTRUCTORS
 
 __all__ = [
     'BACKBONES',
-    'CHECKPOINT_CLASSES',
     'CLASSES_KEY',
     'HOOKS',
     'OPTIM_CONSTRUCTORS',
@@ -40,8 +38,6 @@ __all__ = [
     'untrained_detector',
 ]
 
-# Classes of which the framework writes instances into checkpoints.
-CHECKPOINT_CLASSES: tuple[type, ...] = (HistoryBuffer,)
 # Where a data set's config names its classes.
 CLASSES_KEY = 'metainfo.classes'
 
