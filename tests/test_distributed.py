@@ -13,14 +13,14 @@ pytest.importorskip('mmdet', reason='needs MMDetection')
 ROOT = Path(__file__).parent.parent
 
 
-def start(processes: int, file: Path) -> list[subprocess.Popen]:
+def start(python: Path, processes: int, file: Path) -> list[subprocess.Popen]:
     """Start a group of processes that take a step."""
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
     env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'WORLD_SIZE': str(processes)}
     env |= {'CUDA_VISIBLE_DEVICES': '', 'LOCAL_RANK': '0'}
-    command = [sys.executable, str(ROOT / 'tests/drive_processes.py'), str(file)]
+    command = [str(python), str(ROOT / 'tests/drive_processes.py'), str(file)]
     return [
         subprocess.Popen(command, env={**env, 'RANK': str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for rank in range(processes)
@@ -35,9 +35,11 @@ def finish(processes: list[subprocess.Popen], file: Path) -> list[dict]:
     return [torch.load(file.with_suffix(f'.{rank}'), weights_only=True) for rank in range(len(processes))]
 
 
-def test_two_processes_are_one_process_with_the_joined_batch(tmp_path):
+@pytest.mark.parametrize('stack', ['this one', 'mmdet3'])
+def test_two_processes_are_one_process_with_the_joined_batch(stack, request, tmp_path):
+    python = Path(sys.executable) if stack == 'this one' else request.getfixturevalue('mmdet3_python')
     one, two = tmp_path / 'one', tmp_path / 'two'
-    group, alone = start(2, two), start(1, one)
+    group, alone = start(python, 2, two), start(python, 1, one)
     (joined,) = finish(alone, one)
     first, second = finish(group, two)
     assert first['losses'].keys() == joined['losses'].keys()
