@@ -5,7 +5,7 @@ Arguments: a file to write. Environment: as torchrun sets it. Each process takes
 MMDetection divides losses by numbers that each process counts for itself (sampled anchors and boxes, positive boxes for
 masks). So that the mean over processes is the joined batch's loss, every image has four objects and exactly as many
 samples of each kind: 256 anchors, 128 boxes, of them 4 positive (the objects themselves are among the candidates).
-Samples are the first candidates instead of random ones. MMDetection adds 1.2e-7 to each of these numbers, against
+Samples are candidates at equal distances instead of random ones. MMDetection adds 1.2e-7 to each of these numbers, against
 division by zero; here it adds nothing, since a sum over two processes has it twice.
 """
 
@@ -38,7 +38,7 @@ def make_detector() -> Any:
         parameter.data += 0.02 * torch.randn_like(parameter)
     for sampler in (detector.rpn_head.sampler, detector.roi_head.bbox_sampler):
         assert type(sampler).__name__ == 'RandomSampler'
-        sampler.random_choice = lambda gallery, num: gallery[:num]
+        sampler.random_choice = lambda gallery, num: gallery[:: max(1, len(gallery) // num)][:num]
     # torch computes the loss of masks in the targets' type.
     head = detector.roi_head.mask_head
     head.get_targets = lambda *given, targets=head.get_targets, **named: targets(*given, **named).double()

@@ -158,7 +158,7 @@ def odd_images(folder: Path) -> None:
     pixels = np.random.RandomState(0).randint(0, 255, (40, 64, 3), np.uint8)
     image = Image.fromarray(pixels)
     image.convert('L').save(folder / 'grey.png')
-    cv2.imwrite(str(folder / 'deep.png'), pixels.astype(np.uint16) * 257)
+    cv2.imwrite(str(folder / 'deep.png'), pixels[..., ::-1].astype(np.uint16) * 257)
     image.convert('RGBA').save(folder / 'transparent.png')
     image.convert('CMYK').save(folder / 'print.jpg')
     image.convert('CMYK').save(folder / 'print.tif')

@@ -1,7 +1,7 @@
 # The demo: a small Mask R-CNN from random weights on drawn shapes (tools/make_shapes.py), minutes on two CPU cores.
 # Data, schedule and their values are in ../_base_/values/shapes.py and ../_base_/mmdet*/shapes.py.
 _base_ = f'../_base_/mmdet{__import__("mmdet").__version__[0]}/shapes.py'
-custom_hooks = [dict(type='NumClassCheckHook'), dict(type='TemperatureHook', epochs=1)]
+custom_hooks = [dict(type='NumClassCheckHook'), dict(type='TemperatureHook', epochs=2)]
 model = dict(
     # norm_eval stays on, from random weights too: statistics of 8 images are too noisy for the attention's norms.
     backbone=dict(name='kw1x_mobilenetv2_050', frozen_stages=-1, init_cfg=None),
@@ -13,6 +13,6 @@ model = dict(
         mask_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=2)),
         mask_head=dict(num_convs=2, in_channels=64, conv_out_channels=64, num_classes=3),
     ),
-    train_cfg=dict(rpn_proposal=dict(nms_pre=250, max_per_img=100), rcnn=dict(sampler=dict(num=64))),
-    test_cfg=dict(rpn=dict(nms_pre=250, max_per_img=100)),
+    train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=64))),
+    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200)),
 )
