@@ -15,6 +15,8 @@ READY_FULL := $(VENV_FULL)/.ready
 .DELETE_ON_ERROR:
 .PHONY: demo test test-slow test-mmcv-full lint setup setup3 clean
 
+# So that the demo can say how long set-up took.
+demo: export MAKE_BEGAN := $(shell date +%s)
 ifeq ($(STACK),3)
 demo: $(READY3)
 	$(VENV3)/bin/python tools/demo.py

@@ -10,11 +10,12 @@ from .checks import check_config, check_neck
 from .configs import configs_path
 from .features import PyramidFeatures
 from .fusing import protect_timm_networks
-from .generation import trust_checkpoints
+from .generation import apply_bridges, trust_checkpoints
 from .hooks import TemperatureHook
 from .optim import ConvNeXtLayerDecay
 
 trust_checkpoints()
+apply_bridges()
 protect_timm_networks()
 
 __all__ = [
