@@ -47,7 +47,7 @@ def source(name: str, **kwargs: Any) -> PyramidFeatures:
         ('kw1x_resnet18', 'backbone.', 'backbone'),
         ('kw1d2x_mobilenetv2_050', 'backbone.', None),
         ('kw1x_convnext_tiny', 'teacher.backbone.', 'teacher.backbone.'),
-        ('kw1x_convnext_tiny', '', None),
+        ('kw1x_mobilenetv2_050', '', None),
     ],
 )
 def test_a_detector_of_ours(name, before, prefix, tmp_path):
@@ -121,6 +121,7 @@ def test_nothing_is_tried_again_where_the_hub_is_not(name, dead_host, tmp_path, 
     monkeypatch.setattr(constants, 'ENDPOINT', dead_host)
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setenv('KW_TIMM_HOME', str(tmp_path / 'store'))
+    monkeypatch.setattr('kw_timm.weights.reach.SECONDS', 0.3)
     monkeypatch.setattr('time.sleep', lambda _: pytest.fail('waits to try again'))
     with pytest.raises(RuntimeError, match=r'(?s)No pretrained weights .*cannot be reached.*checkpoint=FILE'):
         PyramidFeatures(name, out_indices=(0,)).load_pretrained()

@@ -9,13 +9,14 @@ __all__ = ['unreachable']
 SECONDS = 3.0
 
 
-def unreachable(url: str, seconds: float = SECONDS) -> str | None:
+def unreachable(url: str, seconds: float | None = None) -> str | None:
     """Return why a host does not answer, or None if it does, whatever it says.
 
     Args:
         url: Any address of the host; proxies in the environment are used.
-        seconds: How long to wait for it.
+        seconds: How long to wait for it, 3 by default.
     """
+    seconds = SECONDS if seconds is None else seconds
     found: list[str | None] = []
 
     def ask() -> None:
