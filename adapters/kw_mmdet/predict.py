@@ -43,7 +43,8 @@ class Detections(NamedTuple):
     def above(self, score: float) -> 'Detections':
         """Return those of at least this score."""
         kept = self.scores >= score
-        return Detections(*(None if values is None else values[kept] for values in self))
+        masks = None if self.masks is None else self.masks[kept]
+        return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], masks)
 
     def enlarged(self, factor: int) -> 'Detections':
         """Return them for an image that is as many times as large."""

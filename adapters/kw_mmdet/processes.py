@@ -1,7 +1,6 @@
 """Several processes on CPUs, the same for both generations of MMDetection."""
 
 import functools
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torch.distributed as dist
 __all__ = ['start_on_cpus']
 
 
-def start_on_cpus(module: ModuleType) -> None:
+def start_on_cpus(module: Any) -> None:
     """Let OpenMMLab's ``init_dist`` work without a GPU: over gloo where a config asks for nccl.
 
     Args:
