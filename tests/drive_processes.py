@@ -5,8 +5,8 @@ Arguments: a file to write. Environment: as torchrun sets it. Each process takes
 MMDetection divides losses by numbers that each process counts for itself (sampled anchors and boxes, positive boxes for
 masks). So that the mean over processes is the joined batch's loss, every image has four objects and exactly as many
 samples of each kind: 256 anchors, 128 boxes, of them 4 positive (the objects themselves are among the candidates).
-Samples are candidates at equal distances instead of random ones. MMDetection adds 1.2e-7 to each of these numbers, against
-division by zero; here it adds nothing, since a sum over two processes has it twice.
+Samples are candidates at equal distances instead of random ones. MMDetection adds 1.2e-7 to each of these numbers,
+against division by zero; here it adds nothing, since a sum over two processes has it twice.
 """
 
 import importlib
