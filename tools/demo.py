@@ -138,7 +138,7 @@ def draw(checkpoint: Path, data: Path, picture: Path, options: dict[str, Any], c
     for path in sorted((data / 'val').glob('*.png'))[:count]:
         image = read_image(path)
         large = cv2.resize(image, None, fx=ENLARGED, fy=ENLARGED, interpolation=cv2.INTER_CUBIC)
-        tiles.append(draw_found(large, detector(image).above(0.7).enlarged(ENLARGED), detector.names))
+        tiles.append(draw_found(large, detector(image).above(0.5).enlarged(ENLARGED), detector.names))
     columns = 4
     rows = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles) - columns + 1, columns)]
     write_image(picture, np.vstack(rows))

@@ -107,7 +107,7 @@ def _collect_on_cpus() -> None:
     def collect_results(part: list, size: int, tmpdir: str | None = None) -> list | None:
         if tmpdir is None:
             # In the working directory, as on GPUs: a file system that several machines share.
-            folder: list[str | None] = [None]
+            folder: list[Any] = [None]
             if dist.get_rank() == 0:
                 Path('.dist_test').mkdir(exist_ok=True)
                 folder = [tempfile.mkdtemp(dir='.dist_test')]
