@@ -300,4 +300,5 @@ def test_demo_end_to_end_and_again(tmp_path):
     assert again.returncode == 0, again.stdout + again.stderr
     assert 'epoch_2.pth cannot be read' in again.stdout
     assert 'going on from' in again.stdout
-    assert 'epoch_2.pth' in again.stdout.splitlines()[-3]
+    assert f'checkpoint: {tmp_path / "run/epoch_2.pth"}\n' in again.stdout
+    assert 'training' in again.stdout.splitlines()[-1]  # how long it took
