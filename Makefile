@@ -1,23 +1,39 @@
 # make demo    train a small KW Mask R-CNN on drawn shapes, evaluate it and draw its detections
 # make test    run the tests
-# Both set up by themselves, once: virtual environment, torch, timm, compiled mmcv-full, MMDetection, this package.
+# Both set up by themselves, once: virtual environment, torch, timm, MMDetection 2.x (and 3.x beside it), this package.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Two more environments that hold only what differs, over the packages of the first one.
+VENV3 := .venv3
+READY3 := $(VENV3)/.ready
+VENV_FULL := .venv-full
+READY_FULL := $(VENV_FULL)/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow lint setup clean
+.PHONY: demo test test-slow test-mmcv-full lint setup setup3 clean
 
+# So that the demo can say how long set-up took.
+demo: export MAKE_BEGAN := $(shell date +%s)
+ifeq ($(STACK),3)
+demo: $(READY3)
+	$(VENV3)/bin/python tools/demo.py
+else
 demo: $(READY)
 	$(BIN)/python tools/demo.py
+endif
 
-test: $(READY)
+test: $(READY) $(READY3)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: $(READY)
+test-slow: $(READY) $(READY3)
 	$(BIN)/python -m pytest -m slow
+
+# Detection with compiled mmcv; compiles it, once.
+test-mmcv-full: $(READY_FULL)
+	$(VENV_FULL)/bin/python -m pytest -m 'not slow' tests/test_mmcv_operators.py tests/test_mmdet_backbone.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -26,14 +42,31 @@ lint: $(READY)
 
 setup: $(READY)
 
-$(READY): pyproject.toml tools/install_mmcv.py $(wildcard kw_timm/csrc/*)
+setup3: $(READY3)
+
+# mmcv 1.7.2 is built without isolation: its setup.py needs an old setuptools, and asks for OpenCV if it finds none.
+$(READY): pyproject.toml build-constraints.txt $(wildcard kw_timm/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Python 3.11 is needed: install it, or name it with make PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install torch torchvision
-	$(BIN)/python tools/install_mmcv.py
-	$(BIN)/python -m pip install -e '.[mmdet,test,dev]'
+	$(BIN)/python -m pip install --no-compile torch torchvision opencv-python-headless wheel -r build-constraints.txt
+	$(BIN)/python -m pip install --no-compile --no-build-isolation -e '.[mmdet,test,dev]'
+	-$(BIN)/python -m compileall -q -j 0 $(VENV)/lib  # as pip does, on all cores
+	touch $@
+
+# mmcv-lite asks for an OpenCV that needs a display; the one of the first environment does.
+$(READY3): $(READY) tools/overlay.sh
+	bash tools/overlay.sh $(VENV3) $(VENV)
+	$(BIN)/python -c 'import sys, tomllib; project = tomllib.load(sys.stdin.buffer)["project"]; \
+		print(*project["optional-dependencies"]["mmdet3"], sep="\n")' < pyproject.toml > $(VENV3)/requirements.txt
+	$(VENV3)/bin/python -m pip install -r $(VENV3)/requirements.txt
+	$(VENV3)/bin/python -m pip uninstall -y opencv-python
+	touch $@
+
+$(READY_FULL): $(READY) tools/overlay.sh tools/mmcv_full.sh
+	bash tools/overlay.sh $(VENV_FULL) $(VENV)
+	bash tools/mmcv_full.sh $(VENV_FULL)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) work_dirs build *.egg-info kw_timm/*.so
+	rm -rf $(VENV) $(VENV3) $(VENV_FULL) work_dirs build *.egg-info kw_timm/*.so

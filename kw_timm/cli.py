@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .benchmark import Case, Outputs, Settings
+    from .benchmark import Case, Settings
 
 __all__ = ['main']
 
@@ -73,68 +73,56 @@ def _parser() -> argparse.ArgumentParser:
 def _bench(options: argparse.Namespace) -> int:
     import torch
 
-    from .benchmark import BenchmarkError, Outputs, run_all
-    from .benchmark.session import settings_of
+    from .benchmark import run_all
+    from .benchmark.session import check_files, settings_of
 
-    outputs = Outputs(options.csv, options.plot, options.readme)
+    if options.from_csv and options.variants:
+        raise ValueError('Give variants to measure or --from-csv, not both.')
+    if not options.from_csv and not options.variants:
+        raise ValueError('Name at least one variant, kw1x_resnet50 for instance.')
+    check_files(options)
     if options.from_csv:
-        if options.variants:
-            raise BenchmarkError('Give variants to measure or --from-csv, not both.')
-        outputs.check()
-        return _show(options.from_csv, outputs, options.command_line)
-    if not options.variants:
-        raise BenchmarkError('Name at least one variant, kw1x_resnet50 for instance.')
-    outputs.check()
+        return _show(options)
     threads = torch.get_num_threads()
     try:
         settings = settings_of(options)
         cases = _cases(options, settings)
         total = len(options.variants) * (len(options.batch) + (len(options.train_batch) if options.train else 0))
-        return run_all(cases, total, settings, outputs, options.command_line)
+        return run_all(cases, total, settings, options, options.command_line)
     finally:
         torch.set_num_threads(threads)
 
 
 def _cases(options: argparse.Namespace, settings: 'Settings') -> Iterator['Case']:
     """Return the configurations: options are checked at once, networks built when it is their turn."""
-    from .benchmark import BenchmarkError, network_cases
-    from .benchmark.networks import static_name
+    from .benchmark import network_cases
+    from .benchmark.cases import static_name
     from .benchmark.session import image_size
 
     size, train_size = image_size(options.size), image_size(options.train_size)
-    train_batches = options.train_batch if options.train else []
+    inference = [(batch, size) for batch in options.batch]
+    training = [(batch, train_size) for batch in options.train_batch] if options.train else []
     for variant in options.variants:
         static_name(variant)
-        if 1 in train_batches and 'convnext' not in variant:
-            raise BenchmarkError(f'--train-batch 1: a training step of {variant} needs 2 images, for its BatchNorms.')
-    return (
-        case
-        for variant in options.variants
-        for case in network_cases(
-            variant,
-            list(dict.fromkeys(options.modes)),
-            options.batch,
-            size,
-            train_batches,
-            train_size,
-            options.features_only,
-            settings.device,
-            settings.dtype,
-            options.memory_budget,
-        )
-    )
+        if (1, train_size) in training and 'convnext' not in variant:
+            raise ValueError(f'--train-batch 1: a training step of {variant} needs 2 images, for its BatchNorms.')
+    modes = list(dict.fromkeys(options.modes))
+    rest = (modes, inference, training, options.features_only, settings, options.memory_budget)
+    return (case for variant in options.variants for case in network_cases(variant, *rest))
 
 
-def _show(files: Sequence[Path], outputs: 'Outputs', command_line: str) -> int:
+def _show(options: argparse.Namespace) -> int:
     from .benchmark import read_csv
-    from .benchmark.report import describe, grouped, text_table
+    from .benchmark.report import describe, text_table
+    from .benchmark.results import grouped
+    from .benchmark.session import write_files
 
-    results = [result for file in files for result in read_csv(file)]
+    results = [result for file in options.from_csv for result in read_csv(file)]
     for machine in dict.fromkeys(result.machine for result in results):
         print(describe([machine]))
-    for group in grouped(results).values():
+    for group in grouped(results):
         print('\n' + text_table(list(group.values())))
     print()
     if results:
-        outputs.write(results, command_line)
+        write_files(results, options, options.command_line)
     return 0

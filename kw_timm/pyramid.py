@@ -4,21 +4,60 @@ Knows timm only, so that it serves every framework's adapter alike.
 """
 
 import difflib
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import timm
 import torch
 from timm.layers import LayerNorm2d
+from timm.models import resolve_pretrained_cfg
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import models  # noqa: F401  (registers the KW networks)
+from .padding import without_padding
+from .weights import read_weight_file
+from .weights.detectors import OUT_NORM, backbone_part
+from .weights.exact import check_complete, rename_exact
+from .weights.reach import unreachable
+from .weights.static import STATIC_NETWORKS, static_to_timm
+from .weights.store import WeightsNotFoundError, pretrained_source
 
-__all__ = ['PyramidFeatures', 'create_network']
+__all__ = ['TIMM', 'PyramidFeatures', 'create_network']
+
+# In front of a timm name that stands for its pretrained weights.
+TIMM = 'timm://'
 
 # The finest level of a detector's pyramid; finer features are not offered.
 FINEST_STRIDE = 4
+_UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
+# What detectors set, for suggestions.
+_ARGUMENTS = (
+    'out_indices',
+    'frozen_stages',
+    'norm_eval',
+    'out_norms',
+    'head_conv',
+    'grad_checkpointing',
+    'ignore_padding',
+    'pretrained',
+    'init_cfg',
+    'drop_path_rate',
+    'drop_rate',
+    'ls_init_value',
+    'in_chans',
+    'output_stride',
+)
+# What other backbones' arguments are called here.
+_INSTEAD = {
+    'with_cp': 'Instead of with_cp=True write grad_checkpointing=True.',
+    'in_channels': 'Instead of in_channels write in_chans.',
+    'drop_path': 'Instead of drop_path write drop_path_rate.',
+    'layer_scale_init_value': 'Instead of layer_scale_init_value write ls_init_value.',
+}
 
 
 def create_network(name: str, **kwargs: Any) -> nn.Module:
@@ -28,7 +67,70 @@ def create_network(name: str, **kwargs: Any) -> nn.Module:
         close = difflib.get_close_matches(base_name, timm.list_models(), n=3)
         hint = f'Did you mean {", ".join(close)}?' if close else "timm.list_models('kw*') lists the KW networks."
         raise ValueError(f"timm has no network '{name}'. {hint}")
-    return timm.create_model(name, **kwargs)
+    try:
+        return timm.create_model(name, **kwargs)
+    except TypeError as error:
+        unknown = _unknown_arguments(name, kwargs)
+        if not unknown:
+            raise
+        raise ValueError(_about_arguments(name, unknown)) from error
+
+
+def _reachable(name: str, overlay: dict[str, Any]) -> dict[str, Any]:
+    """Say where to load from, as an overlay of timm's cfg, after asking whether the host answers.
+
+    Raises:
+        WeightsNotFoundError: If it does not, and nothing is in the cache.
+    """
+    variant, _, tag = name.partition('.')
+    if ':' in name or 'state_dict' in overlay or (variant.startswith('kw') and not overlay):
+        return overlay  # A file, or a network that asks by itself.
+    cfg = resolve_pretrained_cfg(variant, tag or None, overlay)
+    if not overlay and cfg.hf_hub_id:
+        return pretrained_source(variant, tag or None, {'url': ''})
+    copy = Path(torch.hub.get_dir(), 'checkpoints', Path(urlsplit(cfg.url or '').path).name)
+    reason = unreachable(cfg.url) if cfg.url and not copy.is_file() else None
+    if reason is not None:
+        raise WeightsNotFoundError(f"'{cfg.url}' does not answer ({reason}). Check address, network and proxy.")
+    return overlay
+
+
+def _unknown_arguments(name: str, kwargs: dict[str, Any]) -> list[str]:
+    """Return the arguments that a network does not take; timm names the first."""
+    rest, unknown = {key: value for key, value in kwargs.items() if key != 'pretrained'}, []
+    with torch.device('meta'):
+        while True:
+            try:
+                timm.create_model(name, **rest)
+            except TypeError as error:
+                found = _UNEXPECTED.search(str(error))
+                if found is not None and found[1] in rest:
+                    unknown.append(found[1])
+                    del rest[found[1]]
+                    continue
+            except Exception:  # Something else is wrong too; it will be told once these are gone.
+                return unknown
+            return unknown
+
+
+def _about_arguments(name: str, unknown: list[str]) -> str:
+    """Say what to do about arguments that a network does not take: misspelt, or another backbone's."""
+    typos = {key: match[0] for key in unknown if (match := difflib.get_close_matches(key, _ARGUMENTS, 1, 0.8))}
+    parts = [f"{name} has no argument '{key}'; did you mean {match}?" for key, match in typos.items()]
+    others = [key for key in unknown if key not in typos and key != '_delete_']
+    if others:
+        parts.append(
+            f'{name} has no argument {", ".join(others)}: {"it belongs" if len(others) == 1 else "they belong"} to '
+            f'another backbone, whose config was inherited. Write backbone=dict(_delete_=True, ...) in a config that '
+            f'inherits, so that nothing of the inherited backbone stays, or remove what does not belong.'
+        )
+    parts += [_INSTEAD[key] for key in others if key in _INSTEAD]
+    if '_delete_' in unknown:
+        parts.append(
+            '_delete_=True is left in the backbone: it works only where a config inherits a backbone (_base_) that it '
+            'replaces. Here nothing is inherited; remove it.'
+        )
+    return ' '.join(parts)
 
 
 class PyramidFeatures(nn.Module):
@@ -49,6 +151,7 @@ class PyramidFeatures(nn.Module):
         norm_eval: Keep every BatchNorm, the attention's included, on its running statistics while training.
         out_norms: Pass every level through a LayerNorm over channels (``norm0``, ``norm1``, ...). None: for ConvNeXt.
         head_conv: Let the last level be the output of the 1x1 head. None: for MobileNetV2 (1280 channels).
+        grad_checkpointing: Keep less for the gradient and compute it again, where timm offers that.
         **model_args: Further arguments of ``timm.create_model``: ``drop_path_rate``, ``ls_init_value``, ``in_chans``...
 
     Shape:
@@ -66,6 +169,7 @@ class PyramidFeatures(nn.Module):
         norm_eval: bool = False,
         out_norms: bool | None = None,
         head_conv: bool | None = None,
+        grad_checkpointing: bool = False,
         **model_args: Any,
     ) -> None:
         super().__init__()
@@ -78,8 +182,8 @@ class PyramidFeatures(nn.Module):
         info = [entry for entry in model.feature_info if entry['reduction'] >= FINEST_STRIDE]
         first_level = len(model.feature_info) - len(info)
         self.out_indices = _check_indices(name, out_indices, [entry['reduction'] for entry in info])
-        if not -1 <= frozen_stages <= len(info):
-            raise ValueError(f'frozen_stages={frozen_stages} is out of range for {name}: -1 to {len(info)}.')
+        if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= len(info):
+            raise ValueError(f'frozen_stages={frozen_stages!r} is out of range for {name}: -1 to {len(info)}.')
         self._frozen = _names_up_to(model, info, frozen_stages)
 
         is_mobilenet = 'mobilenetv2' in name
@@ -103,10 +207,36 @@ class PyramidFeatures(nn.Module):
                 self.add_module(f'norm{i}', LayerNorm2d(level_channels, eps=1e-6))
         for parameter in self._frozen_parameters():
             parameter.requires_grad = False
+        self.grad_checkpointing = grad_checkpointing
+        if grad_checkpointing:
+            _checkpoint(name, model)
         self.train(self.training)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return one feature map per level for images ``(B, C, H, W)``."""
+    def forward(self, x: torch.Tensor, sizes: Sequence[tuple[int, int]] | None = None) -> tuple[torch.Tensor, ...]:
+        """Return one feature map per level for images ``(B, C, H, W)``.
+
+        Args:
+            x: Images, padded at the right and at the bottom to one size.
+            sizes: ``(height, width)`` of each image without its padding, to compute its features as if it were alone,
+                see :func:`kw_timm.padding.without_padding`. None takes the padding for part of the images, which is how
+                the published detectors were trained and tested.
+
+        Raises:
+            ValueError: If a size is not within that of ``x``, or gradients are checkpointed besides.
+        """
+        if sizes is None:
+            return self._levels(x)
+        if self.grad_checkpointing and self.training:
+            raise ValueError(
+                'Padding cannot be left out with grad_checkpointing: the features would be computed again with it. '
+                'Train without one of the two.'
+            )
+        if len(sizes) != len(x):
+            raise ValueError(f'There are {len(sizes)} sizes for {len(x)} images; give (height, width) of each.')
+        with without_padding(self.model, sizes, (x.shape[-2], x.shape[-1])):
+            return self._levels(x)
+
+    def _levels(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.head_conv:
             last, features = self.model.forward_intermediates(x, indices=self.indices)
             features[-1] = last
@@ -126,28 +256,44 @@ class PyramidFeatures(nn.Module):
                     module.training = False
         return self
 
-    def load_pretrained(self, weights: str | None = None) -> None:
-        """Load ImageNet weights into the network; the output norms keep their own.
+    def load_pretrained(self, weights: str | None = None, prefix: str | None = None) -> None:
+        """Load weights into the network.
 
         Args:
-            weights: Weight file, of the reference or of this package (a classification network's), or a URL; None
-                takes timm's pretrained weights of ``name``.
+            weights: Weight file, of the reference or of this package, or a URL: a classification network's, or a
+                detector's, of which the backbone is taken, output norms included. None takes timm's pretrained weights
+                of ``name``, ``'timm://NAME.TAG'`` those of a tag.
+            prefix: What the names of the backbone's tensors begin with in the file, e.g. ``'backbone.'``; found
+                without it in a detector's file.
 
         Raises:
-            RuntimeError: If ``weights`` is None and no weights exist for the network.
+            RuntimeError: If ``weights`` is None and no weights exist for the network, or their host does not answer.
             FileNotFoundError: If the file does not exist.
-            ValueError: If the file cannot be read or holds another network's weights.
+            ValueError: If the file cannot be read, has no such prefix, or holds another network's weights.
         """
         # A whole network of the same arguments: weight files name warehouses and classifiers that were pruned here.
         args = {key: value for key, value in self.model_args.items() if key != 'drop_path_rate'}
-        if weights is not None:
-            source = 'url' if '://' in weights else 'file'
-            args['pretrained_cfg_overlay'] = {source: weights}
+        name = self.name
+        overlay: dict[str, Any] = {}
+        if weights is not None and weights.startswith(TIMM):
+            name = weights.removeprefix(TIMM)
+        elif weights is not None and '://' in weights:
+            overlay = {'url': weights}
+        elif weights is not None:
+            state_dict = read_weight_file(weights)
+            part = backbone_part(state_dict, prefix, weights)
+            if part is not state_dict:
+                self._load_part(part, weights)
+                return
+            variant = self.name.partition('.')[0]
+            overlay = {'state_dict': static_to_timm(part, variant) if variant in STATIC_NETWORKS else part}
         try:
-            whole = create_network(self.name, pretrained=True, **args).state_dict()
+            args['pretrained_cfg_overlay'] = _reachable(name, overlay)
+            whole = create_network(name, pretrained=True, **args).state_dict()
         except RuntimeError as error:
-            if weights is not None:
-                raise ValueError(f"Weights '{weights}' do not fit {self.name}: {error}") from error
+            if overlay and not isinstance(error, WeightsNotFoundError):
+                reason = ' '.join(str(error).split())
+                raise ValueError(f"Weights '{weights}' do not fit {self.name}: {reason:.400}") from error
             raise RuntimeError(
                 f'No pretrained weights could be loaded for {self.name}: {error} '
                 f'Name a weight file with --cfg-options model.backbone.init_cfg.checkpoint=FILE, or train from random '
@@ -155,12 +301,37 @@ class PyramidFeatures(nn.Module):
             ) from error
         self.model.load_state_dict({key: whole[key] for key in self.model.state_dict()})
 
+    def _load_part(self, part: dict[str, torch.Tensor], source: str) -> None:
+        """Load the backbone of a detector: this package's, with ``model.`` and output norms, or the reference's."""
+        norms = {key: value for key, value in part.items() if OUT_NORM.match(key)}
+        trunk = {key.removeprefix('model.'): value for key, value in part.items() if key not in norms}
+        try:
+            known = self.name.partition('.')[0] in (*STATIC_NETWORKS, *timm.list_models('kw*'))
+            # Names warehouses and classifiers that were pruned here.
+            trunk = rename_exact(trunk, self.name.partition('.')[0]) if known else trunk
+            own = self.model.state_dict()
+            check_complete({key: value for key, value in trunk.items() if key in own}, own, self.name)
+        except ValueError as error:
+            raise ValueError(f"Weights '{source}' do not fit {self.name}: {error}") from error
+        self.model.load_state_dict({key: trunk[key] for key in own})
+        if self.out_norms:
+            self.load_state_dict({key: value for key, value in norms.items() if key in self.state_dict()}, strict=False)
+
     def _frozen_parameters(self) -> list[nn.Parameter]:
         return [p for name in self._frozen for p in self.model.get_submodule(name).parameters()]
 
 
-def _check_indices(name: str, out_indices: Sequence[int], strides: list[int]) -> tuple[int, ...]:
+def _checkpoint(name: str, model: Any) -> None:
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise ValueError(f'{name} cannot checkpoint gradients (timm: no set_grad_checkpointing).') from error
+
+
+def _check_indices(name: str, out_indices: Any, strides: list[int]) -> tuple[int, ...]:
     levels = len(strides)
+    if not isinstance(out_indices, Sequence) or not all(isinstance(i, int) for i in out_indices):
+        raise ValueError(f'out_indices={out_indices!r} must be a sequence of whole numbers, such as (0, 1, 2, 3).')
     if not out_indices:
         raise ValueError('out_indices is empty; name at least one level.')
     bad = [i for i in out_indices if not -levels <= i < levels]

@@ -69,6 +69,6 @@ def mmdet3_python() -> Path:
     python = Path(os.environ.get('KW_TIMM_MMDET3_PYTHON') or ROOT / '.venv3/bin/python')
     if not python.is_file():
         pytest.skip(
-            f'needs MMDetection 3: there is no {python}; KW_TIMM_MMDET3_PYTHON names an interpreter that has it'
+            f'needs MMDetection 3: there is no {python}. Run make setup3, or let KW_TIMM_MMDET3_PYTHON name one'
         )
     return python

@@ -20,7 +20,7 @@ from typing import Any
 import kw_mmdet  # noqa: F401  (registers, and lets torch read checkpoints)
 import numpy as np
 import torch
-from kw_mmdet.generation import GENERATION, Config, dataset_key
+from kw_mmdet.generation import GENERATION, Config
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -328,8 +328,7 @@ def behaviour(config: Config, data: Path, checkpoint: Path, saved: Path) -> dict
     config = with_data(config, data)
     model: Any = build_detector(config.model)
     load_checkpoint(model, str(checkpoint), map_location='cpu', strict=True)
-    section, _, name = dataset_key('train').partition('.')
-    pipeline = config[section][name].pipeline
+    pipeline = config.data.train.pipeline if GENERATION == 2 else config.train_dataloader.dataset.pipeline
     dataset = training_set(config)
     choices = next((len(policies(step)) for step in pipeline if policies(step)), 1)
     samples, seen = [], []

@@ -7,7 +7,8 @@ import timm
 import torch
 from torch import nn
 
-from kw_timm.benchmark.networks import enliven, fit_norms  # registers the models too
+import kw_timm.models  # noqa: F401  (registers the models)
+from kw_timm.random_weights import enliven, fit_norms
 
 # Exact parameter counts at 1000 classes.
 PARAMETERS = {

@@ -3,8 +3,10 @@
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,29 +14,27 @@ import pytest
 import timm
 import torch
 
-from kw_timm.benchmark import (
-    Case,
-    Outputs,
-    Settings,
-    inference_case,
-    read_csv,
-    run_all,
-    run_case,
-    session,
-    training_case,
+from kw_timm.benchmark import Case, Settings, cases, network_cases, read_csv, run_all, run_case, session
+from kw_timm.benchmark.cases import static_name
+from kw_timm.benchmark.measure import (
+    alternate,
+    gemm_speed,
+    peak_memory,
+    quartiles,
+    read_bandwidth,
+    relative_difference,
+    uncertainty,
 )
-from kw_timm.benchmark.machine import Machine, gemm_speed, read_bandwidth
-from kw_timm.benchmark.measure import Timing, alternate, peak_memory, relative_difference
-from kw_timm.benchmark.networks import drawn_images, make_networks, static_name
 from kw_timm.benchmark.report import BEGIN, END
-from kw_timm.benchmark.results import Result, bound
+from kw_timm.benchmark.results import Machine, Result, bound
 from kw_timm.benchmark.session import image_size
 from kw_timm.cli import main
 
 CPU = torch.device('cpu')
 VARIANT = 'kw1x_mobilenetv2_050'
 MACHINE = Machine('cpu', 'a processor', 1, 'float32', 1e11, 2e10, torch.__version__, timm.__version__, '0', '3')
-QUICK = ['--size', '32', '--repeats', '1', '--min-time', '0', '--device', 'cpu']
+QUICK = ['--size', '32', '--repeats', '1', '--min-time', '0', '--max-time', '0', '--device', 'cpu']
+ONCE = Settings(CPU, torch.float32, rounds=1, max_time=0.0)
 MB = 2**20
 WORK = SimpleNamespace(flops=1.0, bytes=1.0)
 
@@ -42,7 +42,7 @@ WORK = SimpleNamespace(flops=1.0, bytes=1.0)
 @pytest.fixture(autouse=True)
 def known_machine(monkeypatch):
     """Limits of the machine are not measured anew by every test."""
-    monkeypatch.setattr(session, 'measure_machine', lambda device, dtype: MACHINE)
+    monkeypatch.setattr(session, 'measure_machine', lambda settings: MACHINE)
 
 
 @pytest.fixture(scope='module')
@@ -52,7 +52,7 @@ def measured(tmp_path_factory) -> Path:
     (folder / 'README.md').write_text(f'before\n{BEGIN}\nold\n{END}\nafter\n')
     files = ['--csv', f'{folder}/r.csv', '--plot', f'{folder}/r.png', '--readme', f'{folder}/README.md']
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, 'measure_machine', lambda device, dtype: MACHINE)
+        patch.setattr(session, 'measure_machine', lambda settings: MACHINE)
         arguments = ['bench', VARIANT, '--batch', '1', '2', *QUICK, '--train', '--train-batch', '2']
         assert main([*arguments, '--train-size', '64', *files]) == 0
     return folder
@@ -126,6 +126,26 @@ def test_earlier_results_are_shown_without_measuring(measured, tmp_path, capsys)
     assert '<svg' in (tmp_path / 'all.svg').read_text()
 
 
+def test_result_files_keep_their_columns(tmp_path):
+    file = tmp_path / 'earlier.csv'
+    file.write_text(
+        'variant,task,batch,height,width,mode,seconds,first_quartile,third_quartile,rounds,speedup,over_static,'
+        'peak_memory,difference,bound,over_bound,mixing_flops,mixing_bytes,preparation,command,device,device_name,'
+        'threads,dtype,gemm,bandwidth,torch,timm,kw_timm,python\n'
+        'kw1x_resnet50,training step,8,160,160,static,1.03,1.01,1.06,3,3.8,1.0,366000000,,,,,,0.1,'
+        'kw-timm bench kw1x_resnet50 --train,cpu,AMD EPYC,2,float32,1.9e11,4e10,2.14.1,1.0.31,0.1.0,3.11.7\n'
+    )
+    (found,) = read_csv(file)
+    assert (found.variant, found.rounds, found.peak_memory, found.bound) == ('kw1x_resnet50', 3, 366_000_000, None)
+    assert found.uncertainty == pytest.approx(1.57 * 0.05 / 3**0.5 / 1.03)
+    assert (found.machine.device_name, found.machine.threads, found.machine.gemm) == ('AMD EPYC', 2, 1.9e11)
+    session.write_csv(tmp_path / 'again.csv', [found])
+    assert (tmp_path / 'again.csv').read_text().splitlines()[0] == file.read_text().splitlines()[0]
+    file.write_text(file.read_text().replace(',1.03,', ',fast,'))
+    with pytest.raises(ValueError, match=r"earlier.csv' cannot be read: could not convert .*'fast'"):
+        read_csv(file)
+
+
 def test_features_of_both_networks_have_the_same_shapes(capsys):
     assert main(['bench', VARIANT, *QUICK, '--features-only', '--modes', 'static', 'default']) == 0
     assert f'{VARIANT}, features, batch 1, 32 x 32' in capsys.readouterr().out
@@ -137,9 +157,8 @@ def test_static_counterparts():
 
 
 def test_networks_are_lively():
-    kw, _ = make_networks('kw1x_mobilenetv2_050', False, False, CPU, torch.float32)
-    with torch.no_grad():
-        outputs = kw(drawn_images(3, (64, 64)))
+    case = next(network_cases(VARIANT, ['default'], [(3, (64, 64))], [], False, ONCE))
+    (outputs,) = case.run('default', case.kw)
     assert outputs.isfinite().all()
     assert outputs.std(0).mean() > 1e-3
 
@@ -158,7 +177,9 @@ def test_peak_memory_of_a_known_pattern():
         del b
         return [c, torch.empty(1 * MB, dtype=torch.uint8)]
 
-    assert peak_memory(call, CPU) == pytest.approx(6 * MB, abs=1024)
+    memory, returned = peak_memory(call, CPU)
+    assert memory == pytest.approx(6 * MB, abs=1024)
+    assert [tensor.numel() for tensor in returned] == [4 * MB, 1 * MB]
     # Results of an earlier call may be released during the next; that is not memory gained.
     kept: list[list[torch.Tensor]] = []
 
@@ -166,28 +187,66 @@ def test_peak_memory_of_a_known_pattern():
         kept[:] = [call()]
         return kept[0]
 
-    assert peak_memory(keep, CPU) >= 6 * MB
+    keep()
+    assert peak_memory(keep, CPU)[0] >= 6 * MB
 
 
 def test_peak_memory_of_training_leaves_gradients_out():
     linear = torch.nn.Linear(512, 1024, bias=False)  # 2 MB of weights
     x = torch.ones(1, 512)
-    case = training_case('x', 'x', linear, None, 1, (1, 1), ['default'], lambda net: net(x).sum())
-    prepared = case.modes['default']()
-    held = peak_memory(prepared.memory_call, CPU)
+    case = Case('x', 'x', 1, (1, 1), linear, linear, lambda net: net(x).sum(), ['default'], training=True)
+    assert len(case.run('default', linear)) == 2
+    held, _ = peak_memory(partial(case.run, 'default', linear, keep_gradients=True), CPU)
     # One gradient on its way to where it is added, and the small rest.
     assert held == pytest.approx(2 * MB, rel=0.05)
-    assert len(prepared.call()) == 2
+    (result,) = run_case(case, ONCE, MACHINE)
+    assert result.peak_memory == pytest.approx(2 * MB, rel=0.05)
 
 
 def test_alternation_gives_every_mode_its_turn():
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name) or []) for name in 'abc'}
-    timings = alternate(calls, CPU, rounds=3)
+    times = alternate(calls, replace(ONCE, rounds=3))
     assert order == list('abc' + 'bca' + 'cab')
-    assert {name: timing.rounds for name, timing in timings.items()} == dict.fromkeys('abc', 3)
-    assert alternate(calls, CPU, rounds=1, min_time=0.01)['a'].rounds > 1
-    assert Timing.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Timing(3.0, (2.0, 4.0), 5)
+    assert {name: len(own) for name, own in times.items()} == dict.fromkeys('abc', 3)
+    assert len(alternate(calls, replace(ONCE, min_time=0.001))['a']) > 1
+    assert alternate({}, ONCE) == {}
+
+
+def test_rounds_are_spent_where_times_spread(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr('kw_timm.benchmark.measure.time.perf_counter', lambda: clock[0])
+
+    def rounds(*seconds: float, **limits: float) -> int:
+        """Rounds of a call that takes these times in turn, beside one that always takes a second."""
+        turn = iter(seconds * 100)
+
+        def call(own: Callable[[], float]) -> list[torch.Tensor]:
+            clock[0] += own()
+            return []
+
+        calls = {'a': partial(call, lambda: next(turn)), 'b': partial(call, lambda: 1.0)}
+        return len(alternate(calls, Settings(CPU, torch.float32, **{'rounds': 3, 'max_time': 100.0, **limits}))['a'])
+
+    assert rounds(1.0) == 3
+    assert rounds(1.0, min_time=9.0) == 5
+    assert 3 < rounds(1.0, 1.1) < rounds(1.0, 1.2) < 50
+    assert rounds(1.0, 1.1, precision=0.2) == 3
+    assert rounds(1.0, 9.0) == 18  # 108 s; 98 s before
+    assert rounds(1.0, 9.0, max_time=1.0) == 3
+
+
+def test_uncertainty_of_a_median():
+    assert quartiles([3.0, 1.0, 2.0, 5.0, 4.0]) == [2.0, 3.0, 4.0]
+    assert quartiles([3.0]) == [3.0, 3.0, 3.0]
+    assert uncertainty(16, 2.0, 3.0, 4.0) == pytest.approx(1.57 * 2 / 4 / 3)
+    assert uncertainty(1, 3.0, 3.0, 3.0) == float('inf')
+    # McGill et al. chose between 1.386 and 1.96 standard deviations of the median, for normal values.
+    generator = torch.Generator().manual_seed(0)
+    samples = 100 + torch.randn(2000, 15, generator=generator).double()
+    notch = torch.tensor([uncertainty(15, *quartiles(times)) for times in samples.tolist()]).mean() * 100
+    deviation = samples.quantile(0.5, dim=1).std()
+    assert 1.386 < notch / deviation < 1.96
 
 
 def test_relative_difference():
@@ -239,7 +298,10 @@ def test_what_the_user_can_set_right(arguments, message, tmp_path, monkeypatch, 
     assert re.search(message, error)
 
 
-@pytest.mark.parametrize('option', ['--batch=0', '--batch=x', '--repeats=-1', '--min-time=-1', '--modes=fast'])
+@pytest.mark.parametrize(
+    'option',
+    ['--batch=0', '--batch=x', '--repeats=-1', '--min-time=-1', '--max-time=nan', '--precision=x', '--modes=fast'],
+)
 def test_numbers_that_argparse_refuses(option, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(['bench', VARIANT, option])
@@ -247,48 +309,65 @@ def test_numbers_that_argparse_refuses(option, capsys):
     assert option.partition('=')[0] in capsys.readouterr().err
 
 
-def tiny_case(name: str, forward: Callable[[torch.nn.Module], torch.Tensor]) -> Case:
+def tiny_case(name: str, forward: Callable[[torch.nn.Module], torch.Tensor], *modes: str) -> Case:
     network = torch.nn.Identity()
-    return inference_case(name, 'inference', network, network, 1, (1, 1), ['static', 'default'], forward)
+    return Case(name, 'inference', 1, (1, 1), network, network, forward, modes or ['static', 'default'])
 
 
 def test_interruption_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr('kw_timm.benchmark.run.mixing_work', lambda network, batch: WORK)
+    monkeypatch.setattr(cases, 'mixing_work', lambda network, batch: WORK)
 
-    def cases():
+    def interrupted():
         yield tiny_case('first', lambda net: torch.ones(1))
         raise KeyboardInterrupt
 
     file = tmp_path / 'r.csv'
-    settings = Settings(CPU, torch.float32, rounds=1)
-    assert run_all(cases(), 2, settings, Outputs(csv=file), 'command') == 130
+    assert run_all(interrupted(), 2, ONCE, Namespace(csv=file, plot=None, readme=None), 'command') == 130
     assert [(r.variant, r.mode) for r in read_csv(file)] == [('first', 'static'), ('first', 'default')]
     assert f"what was measured is in '{file}'" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_mode_that_cannot_be_measured_is_left_out(monkeypatch):
-    monkeypatch.setattr('kw_timm.benchmark.run.mixing_work', lambda network, batch: WORK)
+def test_a_mode_that_cannot_be_measured_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(cases, 'mixing_work', lambda network, batch: WORK)
+    monkeypatch.setattr(cases, 'optimization_report', lambda network: 'optimized')
+    static, kw, optimized = (torch.nn.Identity() for _ in range(3))
+    monkeypatch.setattr(cases, 'optimize_for_inference', lambda network, **_: optimized)
+    order = []
+
+    def forward(network):
+        order.append(network)
+        if network is static:
+            raise torch.OutOfMemoryError('out of memory')
+        if network is optimized:
+            return torch.zeros(1)
+        return torch.full((1,), 1.0 if len(order) == 1 else float('inf'))  # straightforward, then default
+
+    case = Case('x', 'inference', 1, (1, 1), kw, static, forward, ['static', 'default', 'optimized'])
     said: list[str] = []
-    case = tiny_case('x', lambda net: torch.ones(1))
-
-    def too_large():
-        raise torch.OutOfMemoryError('out of memory')
-
-    prepared = case.modes['default']()
-    endless = replace(prepared, check_call=lambda: [torch.tensor([float('inf')])])
-    wrong = replace(prepared, check_call=lambda: [torch.zeros(1)])
-    modes = {'static': too_large, 'default': lambda: endless, 'optimized': lambda: wrong}
-    results, complete = run_case(replace(case, modes=modes), Settings(CPU, torch.float32, 1), MACHINE, say=said.append)
+    results = run_case(case, ONCE, MACHINE, say=said.append)
     assert [r.mode for r in results] == ['optimized']
     assert results[0].difference == 1
     assert results[0].bound is None
-    assert not complete
-    assert [text.partition(', batch 1, 1 x 1: ')[2][:28] for text in said] == [
+    assert [text.partition(', batch 1, 1 x 1: ')[2][:28] for text in said[:3]] == [
         'static is left out: out of m',
         'default is left out: its res',
         'warning: optimized differs f',
     ]
+    order.clear()
+    assert run_all([case], 1, ONCE, Namespace(csv=None, plot=None, readme=None), 'command') == 1
+    assert 'static is left out' in capsys.readouterr().out
+
+
+def test_a_network_that_memory_does_not_suffice_to_make(monkeypatch):
+    monkeypatch.setattr(cases, 'mixing_work', lambda network, batch: WORK)
+
+    def too_large(network, **_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(cases, 'optimize_for_inference', too_large)
+    case = tiny_case('x', lambda net: torch.ones(1), 'default', 'optimized')
+    assert [r.mode for r in run_case(case, ONCE, MACHINE)] == ['default']
 
 
 def test_other_errors_are_not_hidden():
@@ -296,12 +375,14 @@ def test_other_errors_are_not_hidden():
         raise RuntimeError('a bug')
 
     with pytest.raises(RuntimeError, match='a bug'):
-        run_case(tiny_case('x', broken), Settings(CPU, torch.float32, 1), MACHINE)
+        run_case(tiny_case('x', broken), ONCE, MACHINE)
 
 
 def test_module_runs_and_importing_the_package_stays_light():
-    code = 'import sys, kw_timm; assert not {"matplotlib", "kw_timm.benchmark"} & set(sys.modules)'
-    subprocess.run([sys.executable, '-c', code], check=True)
-    shown = subprocess.run([sys.executable, '-m', 'kw_timm', 'bench', '--help'], capture_output=True, text=True)
-    assert shown.returncode == 0
+    code = (
+        'import runpy, sys, kw_timm; assert not {"matplotlib", "kw_timm.benchmark"} & set(sys.modules); '
+        'sys.argv = ["kw-timm", "bench", "--help"]; runpy.run_module("kw_timm", run_name="__main__")'
+    )
+    shown = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
     assert '--memory-budget' in shown.stdout

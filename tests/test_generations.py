@@ -10,7 +10,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-
 from kw_timm.benchmark.networks import settle
 
 pytest.importorskip('mmdet', reason='needs MMDetection')

@@ -7,8 +7,9 @@ import timm
 import torch
 from hub_support import NAME, VARIANT, reference_checkpoint, reference_shapes, synthetic
 from kw_hub import convert_file
-from kw_hub.convert import export_to_backbone, export_to_reference, read_source
+from kw_hub.convert import export_to_backbone, export_to_reference
 from kw_hub.errors import HubError
+from kw_hub.source import read_source
 from kw_hub.verify import verify_file, verify_folder
 from reference_data import CLASSIFICATION, manifest
 

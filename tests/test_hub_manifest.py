@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from kw_hub.cli import main
 from kw_hub.errors import HubError
 from kw_hub.manifest import MANIFEST, find_entry, load_manifest
-from kw_hub.tables import classification_table, detection_table, insert_tables
+from kw_hub.tables import classification_table, detection_table, with_tables
 from reference_data import ROOT
 
 from kw_timm.weights.exact import Network
@@ -62,8 +62,7 @@ def test_detector_parameter_counts_are_exact():
 
 def test_readme_has_the_manifests_tables():
     """Drift: run `kw-hub tables README.md`."""
-    text = README.read_text()
-    assert insert_tables(text) == text
+    assert with_tables(README) == README.read_text()
 
 
 def test_tables_command_brings_a_file_up_to_date(tmp_path, capsys):

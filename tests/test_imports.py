@@ -15,10 +15,11 @@ FLOORS = (
     ('kw_timm.ops',),
     ('kw_timm.layers',),
     ('kw_timm.kernelize', 'kw_timm.temperature', 'kw_timm.inference'),
-    ('kw_timm.weights',),
+    ('kw_timm.weights', 'kw_timm.padding'),
     ('kw_timm.models',),
     ('kw_timm',),
-    ('kw_timm.pyramid', 'kw_timm.benchmark'),
+    ('kw_timm.pyramid', 'kw_timm.random_weights'),
+    ('kw_timm.benchmark',),
     ('kw_timm.cli', 'kw_mmdet', 'kw_hub'),
     ('kw_timm.__main__',),
 )

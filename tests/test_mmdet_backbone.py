@@ -1,6 +1,5 @@
 """The MMDetection backbone: levels, freezing, weights, errors."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,7 @@ import kw_timm
 from kw_timm.weights import to_reference_state_dict
 
 pytest.importorskip('mmdet', reason='needs MMDetection')
-from kw_mmdet import KWBackbone, TemperatureHook, check_config, check_neck
+from kw_mmdet import KWBackbone, TemperatureHook
 from kw_mmdet.features import PyramidFeatures
 from kw_mmdet.generation import BACKBONES
 from mmdet_forms import load_checkpoint, save
@@ -124,34 +123,6 @@ def test_weights_that_do_not_exist_or_fit(tmp_path):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         PyramidFeatures(**arguments)
-
-
-def test_neck_must_take_what_the_backbone_returns():
-    backbone = dict(type='KWBackbone', name='kw1x_mobilenetv2_050')
-    check_neck(dict(backbone=backbone, neck=dict(type='FPN', in_channels=[16, 16, 48, 1280])))
-    with pytest.raises(ValueError, match=r'channels \[16, 16, 48, 1280\].*in_channels=\[16, 16, 48, 160\]'):
-        check_neck(dict(backbone=backbone, neck=dict(type='FPN', in_channels=[16, 16, 48, 160])))
-    check_neck(dict(backbone=dict(type='ResNet', depth=50), neck=dict(type='FPN', in_channels=[1])))
-
-
-def test_data_must_have_the_named_classes(tmp_path):
-    annotations = tmp_path / 'train.json'
-    annotations.write_text(json.dumps(dict(images=[], annotations=[], categories=[dict(id=1, name='cat')])))
-    model = dict(backbone=dict(type='ResNet'), roi_head=dict(bbox_head=dict(num_classes=1)))
-
-    def check(**dataset):
-        check_config(dict(model=model, data=dict(train=dict(type='CocoDataset', **dataset))), ('train',))
-
-    check(ann_file=str(annotations), classes=['cat'])
-    with pytest.raises(ValueError, match='no class named dog; it has cat'):
-        check(ann_file=str(annotations), classes=['dog'])
-    with pytest.raises(ValueError, match=r'has 2 classes, but the heads have num_classes=\[1\]'):
-        check(ann_file=str(annotations), classes=['cat', 'dog'])
-    with pytest.raises(FileNotFoundError, match='no annotation file'):
-        check(ann_file=str(tmp_path / 'none.json'))
-    annotations.write_text('{"images": [')
-    with pytest.raises(ValueError, match='not a COCO annotation file'):
-        check(ann_file=str(annotations), classes=['cat'])
 
 
 def test_temperature_reaches_a_detector_backbone():

@@ -2,15 +2,24 @@
 
 import json
 import os
+import pickle
+import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip('mmdet', reason='needs MMDetection')
+from kw_mmdet.cli import main
+from kw_mmdet.predict import read_image
+
 ROOT = Path(__file__).parent.parent
 CONFIG = 'configs/shapes/mask_rcnn_kw1x_mobilenetv2_050_fpn_shapes.py'
 
@@ -39,13 +48,50 @@ def options(data) -> list[str]:
     return ['--cfg-options', *paths, 'log_config.interval=1', 'data.samples_per_gpu=2']
 
 
+def command(name: str, *arguments: str | Path) -> list[str]:
+    return ['bash', f'tools/dist_{name}.sh', *map(str, arguments)]
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+
+
+def start(*command: str | Path, **environment: str) -> subprocess.Popen[str]:
+    env = {**os.environ, 'PYTHON': sys.executable, **environment}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 @pytest.fixture(scope='module')
 def trained(options, tmp_path_factory) -> Path:
+    """Train two processes, end one of them after an epoch and its evaluation, resume on two machines of one process."""
     work = tmp_path_factory.mktemp('run')
-    done = run('bash', 'tools/dist_train.sh', CONFIG, '1', '--work-dir', work, *options, 'runner.max_epochs=1')
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert 'Epoch [1][3/3]' in done.stdout + done.stderr
-    return work
+    options = [*options, 'evaluation.interval=1', 'data.samples_per_gpu=1']
+    first = start(*command('train', CONFIG, '2', '--work-dir', work, *options, 'runner.max_epochs=99'))
+    lines: list[str] = []
+    for line in first.stdout:
+        lines.append(line)
+        if 'Epoch(val) [1]' in line:
+            (torchrun,) = children(first.pid)
+            os.kill(children(torchrun)[0], signal.SIGTERM)
+    text = ''.join(lines)
+    assert first.wait() not in (0, None), text
+    assert 'Epoch [1][3/3]' in text, text
+    assert 'Epoch(val) [1][2]' in text, text
+    assert 'segm_mAP_50' in text
+    assert (work / 'epoch_1.pth').is_file()
+
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        machines = dict(NNODES='2', PORT=str(probe.getsockname()[1]))
+    epochs = 1 + int(torch.load(work / 'latest.pth', weights_only=True)['meta']['epoch'])
+    resume = command('train', CONFIG, '1', '--work-dir', work, '--auto-resume', *options, f'runner.max_epochs={epochs}')
+    both = [start(*resume, **machines, NODE_RANK=rank) for rank in '01']
+    for process in both:
+        output, _ = process.communicate(timeout=280)
+        assert process.returncode == 0, output
+        text = output if 'resumed epoch' in output else text
+    assert f'resumed epoch {epochs - 1}, iter {3 * epochs - 3}' in text
+    return work / f'epoch_{epochs}.pth'
 
 
 def test_drawn_data_is_coco_and_repeatable(data, tmp_path):
@@ -68,92 +114,176 @@ def test_drawn_data_is_coco_and_repeatable(data, tmp_path):
     assert json.loads((data / 'annotations/val.json').read_text()) == annotations
 
 
-def test_training_writes_checkpoints_and_resumes(trained, options):
-    checkpoint = torch.load(trained / 'epoch_1.pth', map_location='cpu', weights_only=True)
+def test_training_writes_checkpoints(trained):
+    checkpoint = torch.load(trained, map_location='cpu', weights_only=True)
     assert any(key.startswith('backbone.model.warehouses.') for key in checkpoint['state_dict'])
     assert not any('assignment' in key for key in checkpoint['state_dict'])
-    done = run(
-        'bash',
-        'tools/dist_train.sh',
-        CONFIG,
-        '1',
-        '--work-dir',
-        trained,
-        '--auto-resume',
-        *options,
-        'runner.max_epochs=2',
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert 'resumed epoch 1, iter 3' in done.stdout + done.stderr
-    assert (trained / 'epoch_2.pth').is_file()
 
 
-def test_testing_evaluates_and_draws(trained, options, data, tmp_path):
-    done = run(
-        'bash', 'tools/dist_test.sh', CONFIG, trained / 'epoch_1.pth', '1', '--eval', 'bbox', 'segm',
-        '--show-dir', tmp_path / 'drawn', '--show-score-thr', '0.0', '--work-dir', tmp_path, *options,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    metric = json.loads(next(tmp_path.glob('eval_*.json')).read_text())['metric']
-    assert {'bbox_mAP', 'bbox_mAP_50', 'segm_mAP', 'segm_mAP_50'} <= metric.keys()
-    drawn = sorted((tmp_path / 'drawn').rglob('*.png'))
-    assert len(drawn) == 3
-    shown = run(
-        'bash', 'tools/dist_test.sh', CONFIG, trained / 'epoch_1.pth', '1', '--eval', 'bbox', 'segm', '--show', *options
-    )
-    assert shown.returncode == 0, shown.stdout + shown.stderr
+def test_two_processes_test_as_one_does_which_also_draws(trained, options, tmp_path):
+    metrics, found = [], []
+    for processes, drawing in (
+        ('2', []),
+        ('1', ['--show', '--show-dir', tmp_path / 'drawn', '--show-score-thr', '0.0']),
+    ):
+        work = tmp_path / processes
+        evaluate = ['--eval', 'bbox', 'segm', '--work-dir', work, '--out', tmp_path / f'{processes}.pkl', *drawing]
+        done = run(*command('test', CONFIG, trained, processes, *evaluate, *options))
+        assert done.returncode == 0, done.stdout + done.stderr
+        metrics.append(json.loads(next(work.glob('eval_*.json')).read_text())['metric'])
+        found.append(pickle.loads((tmp_path / f'{processes}.pkl').read_bytes()))
+    assert {'bbox_mAP', 'bbox_mAP_50', 'segm_mAP', 'segm_mAP_50'} <= metrics[0].keys()
+    assert metrics[0] == metrics[1]
+    assert len(found[0]) == len(found[1]) == 3
+    assert sum(len(boxes) for image in found[0] for boxes in image[0]) > 0
+    for two, one in zip(*found, strict=True):
+        for boxes, expected in zip(two[0], one[0], strict=True):
+            assert np.array_equal(boxes, expected)
+        assert two[1] == one[1]
+    assert len(sorted((tmp_path / 'drawn').rglob('*.png'))) == 3
 
 
 def test_single_image(trained, data, tmp_path):
     image = data / 'val/00000.png'
     out = tmp_path / 'sub' / 'drawn.png'
-    arguments = ('--out-file', out, '--score-thr', '0.0')
-    done = run(sys.executable, 'tools/image_demo.py', image, CONFIG, trained / 'epoch_1.pth', *arguments)
+    done = run(sys.executable, 'tools/image_demo.py', image, CONFIG, trained, '--out-file', out, '--score-thr', '0.0')
     assert done.returncode == 0, done.stderr
-    assert cv2.imread(str(out)).shape[:2] >= cv2.imread(str(image)).shape[:2]
-    broken = tmp_path / 'broken.png'
-    broken.write_bytes(b'no image')
-    done = run(sys.executable, 'tools/image_demo.py', broken, CONFIG, trained / 'epoch_1.pth')
-    assert done.returncode == 2
-    assert 'not an image' in done.stderr
+    assert cv2.imread(str(out)).shape == cv2.imread(str(image)).shape
+    assert 'drawn:' in done.stderr
+
+
+def odd_images(folder: Path) -> None:
+    """Write what people have: grey, 16-bit, RGBA, CMYK, rotated, in other formats, small, and broken ones."""
+    folder.mkdir()
+    pixels = cv2.resize(np.random.RandomState(0).randint(0, 255, (3, 4, 3), np.uint8), (64, 40))
+    image = Image.fromarray(pixels)
+    image.convert('L').save(folder / 'grey.png')
+    cv2.imwrite(str(folder / 'deep.png'), pixels[..., ::-1].astype(np.uint16) * 257)
+    image.convert('RGBA').save(folder / 'transparent.png')
+    image.convert('CMYK').save(folder / 'print.jpg')
+    image.convert('CMYK').save(folder / 'print.tif')
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(folder / 'turned.jpg', exif=exif)
+    image.resize((1, 1)).save(folder / 'dot.png')
+    (folder / 'inner').mkdir()
+    image.save(folder / 'inner/grey.png')
+    (folder / 'empty.jpg').touch()
+    (folder / 'text.png').write_text('no image')
+    for name in ('cut.jpg', 'cut.png'):
+        image.save(folder / name)
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+
+
+def test_predict_reads_what_people_have(trained, tmp_path, capsys):
+    odd_images(tmp_path / 'images')
+    # Without class names, and without the optimizer.
+    bare = tmp_path / 'bare.pth'
+    torch.save({'state_dict': torch.load(trained, weights_only=True)['state_dict']}, bare)
+    output = tmp_path / 'images' / 'found'
+    arguments = ['predict', str(tmp_path / 'images'), '--config', CONFIG, '--checkpoint', str(bare)]
+    arguments += ['--output', str(output), '--score-thr', '0']
+    for _ in range(2):  # drawings of the first time are no images of the second
+        assert main(arguments) == 1
+        said = capsys.readouterr()
+        assert '8 of 12 images' in said.out
+        for name, message in [('empty.jpg', 'is empty'), ('cut.jpg', 'cut off'), ('cut.png', 'cut off')]:
+            assert any(name in line and message in line for line in said.err.splitlines()), (name, said.err)
+        assert 'text.png' in said.err
+        assert 'Traceback' not in said.err
+    drawn = {path.relative_to(output).as_posix() for path in output.rglob('*') if path.is_file()}
+    names = {'grey.png', 'deep.png', 'transparent.png', 'print.jpg', 'print.tif', 'turned.jpg', 'dot.png'}
+    assert drawn == {*names, 'inner/grey.png', 'detections.json'}
+    assert cv2.imread(str(output / 'turned.jpg')).shape == (64, 40, 3)
+    found = json.loads((output / 'detections.json').read_text())
+    assert found
+    for result in found:
+        assert result['image_id'] in drawn
+        assert result['category_name'] == ('circle', 'square', 'triangle')[result['category_id'] - 1]
+        assert 0 <= result['score'] <= 1
+        assert len(result['bbox']) == 4
+    turned = next(result for result in found if result['image_id'] == 'turned.jpg')
+    assert turned['segmentation']['size'] == [64, 40]
+
+
+def test_images_are_read_alike_in_every_form(tmp_path):
+    odd_images(tmp_path / 'images')
+    image = read_image(tmp_path / 'images/inner/grey.png')
+    for name in ('deep.png', 'transparent.png'):
+        assert np.array_equal(read_image(tmp_path / 'images' / name), image)
+    grey = read_image(tmp_path / 'images/grey.png')
+    assert (grey[..., 0] == grey[..., 1]).all()
+    for name in ('print.jpg', 'print.tif'):
+        assert np.abs(read_image(tmp_path / 'images' / name).astype(int) - image).mean() < 10
+    assert np.abs(read_image(tmp_path / 'images/turned.jpg').astype(int) - np.rot90(image, -1)).mean() < 10
+
+
+def test_info_says_what_a_config_stands_for(capsys):
+    assert main(['info', 'mask_rcnn_kw1x_mobilenetv2_100_fpn_1x_coco']) == 0
+    lines = dict(re.split(r'  +', line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines['levels'] == (
+        'stride 4: 24 channels, stride 8: 32 channels, stride 16: 96 channels, stride 32: 1280 channels'
+    )
+    assert 'backbone.model.conv_stem' in lines['frozen']
+    assert 'kw-timm/kw1x_mobilenetv2_100.osvai_in1k on the Hub' in lines['backbone weights']
+    assert lines['train classes'] == "COCO's own"
+    assert lines['length'] == '12 epochs'
 
 
 @pytest.mark.parametrize(
     ('command', 'message'),
     [
-        (['dist_train.sh', 'configs/nowhere.py', '1'], "no config 'configs/nowhere.py'"),
-        (['dist_train.sh', CONFIG, '0'], 'GPUS must be a positive number'),
-        (['dist_train.sh', CONFIG], 'usage:'),
-        (['dist_test.sh', CONFIG, 'nowhere.pth', '1'], "no checkpoint 'nowhere.pth'"),
-        (
-            ['dist_train.sh', CONFIG, '1', '--cfg-options', 'model.neck.in_channels=[1,2,3,4]'],
-            'Neck and backbone disagree',
-        ),
-        (['dist_train.sh', CONFIG, '1', '--cfg-options', 'data.train.ann_file=nowhere.json'], 'no annotation file'),
+        (['train', 'configs/nowhere.py'], "no config 'configs/nowhere.py'"),
+        (['train', 'mask_rcnn_kw1x_resnet50_fpn'], 'Similar ones are'),
+        (['train', CONFIG, '--processes', '0'], 'GPUS) must be a positive number'),
+        (['test', CONFIG, 'nowhere.pth', '--eval', 'bbox'], "no checkpoint 'nowhere.pth'"),
+        (['train', CONFIG, '--cfg-options', 'model.neck.in_channels=[1,2,3,4]'], 'Neck and backbone disagree'),
+        (['train', CONFIG, '--cfg-options', 'data.train.ann_file=nowhere.json'], 'no annotation file'),
+        (['train', CONFIG, '--cfg-options', 'oops'], 'takes KEY=VALUE'),
+        (['predict', 'nowhere', '--config', CONFIG, '--checkpoint', 'nowhere.pth'], "no image or folder 'nowhere'"),
+        (['info', 'nowhere'], "no config 'nowhere'"),
     ],
 )
-def test_errors_before_anything_is_run(command, message, options):
+def test_errors_before_anything_is_run(command, message, options, capsys):
     if '--cfg-options' in command:
-        command = [*command[:4], *options[1:], *command[4:]]
-    done = run('bash', f'tools/{command[0]}', *command[1:])
-    assert done.returncode != 0
-    assert message in done.stderr
+        command = [*command[:-1], *options[1:], command[-1]]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count('\n') == 1
+
+
+@pytest.mark.parametrize('name', ['train', 'test'])
+def test_scripts_say_how_they_are_used(name):
+    done = run(*command(name, CONFIG))
+    assert done.returncode == 2
+    assert 'usage:' in done.stderr
+
+
+def test_a_script_passes_errors_on():
+    done = run(*command('train', 'configs/nowhere.py', '2'))
+    assert done.returncode == 2
+    assert "no config 'configs/nowhere.py'" in done.stderr
     assert 'Traceback' not in done.stderr
 
 
-def test_annotations_without_the_named_classes(data, options, tmp_path):
+def test_annotations_without_the_named_classes(options, tmp_path, capsys):
     config = tmp_path / 'config.py'
     config.write_text(f"_base_ = '{ROOT / CONFIG}'\ndata = dict(train=dict(classes=('circle', 'square', 'hexagon')))\n")
-    done = run('bash', 'tools/dist_train.sh', config, '1', *options)
-    assert done.returncode != 0
-    assert 'has no class named hexagon; it has circle, square, triangle' in done.stderr
+    assert main(['train', str(config), *options]) == 2
+    assert 'has no class named hexagon; it has circle, square, triangle' in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='checks what is said without a GPU')
-def test_several_processes_need_gpus():
-    done = run('bash', 'tools/dist_train.sh', CONFIG, '2')
-    assert done.returncode == 2
-    assert 'no GPU is visible' in done.stderr
+def test_a_checkpoint_of_another_detector_is_refused(trained, data, tmp_path, capsys):
+    other = tmp_path / 'other.pth'
+    torch.save({'state_dict': {'backbone.weight': torch.zeros(1)}}, other)
+    cut = tmp_path / 'cut.pth'
+    cut.write_bytes(trained.read_bytes()[:10000])
+    for checkpoint, message in ((other, 'does not fit the config'), (cut, 'cut off')):
+        arguments = ['predict', str(data / 'val'), '--config', CONFIG, '--checkpoint', str(checkpoint)]
+        assert main([*arguments, '--output', str(tmp_path / 'found')]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_demo_end_to_end_and_again(tmp_path):
@@ -170,4 +300,5 @@ def test_demo_end_to_end_and_again(tmp_path):
     assert again.returncode == 0, again.stdout + again.stderr
     assert 'epoch_2.pth cannot be read' in again.stdout
     assert 'going on from' in again.stdout
-    assert 'epoch_2.pth' in again.stdout.splitlines()[-3]
+    assert f'checkpoint: {tmp_path / "run/epoch_2.pth"}\n' in again.stdout
+    assert 'training' in again.stdout.splitlines()[-1]  # how long it took

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from kw_timm.benchmark import Case, Outputs, inference_case, run_all, training_case
-from kw_timm.benchmark.networks import drawn_images, settle, static_name
-from kw_timm.benchmark.run import Settings
-from kw_timm.benchmark.session import add_options, image_size, positive, settings_of
+from kw_timm.benchmark import Case, Settings, run_all
+from kw_timm.benchmark.cases import static_name
+from kw_timm.benchmark.session import add_options, check_files, image_size, positive, settings_of
+from kw_timm.random_weights import drawn_images, settle
 
 PARTS = ('backbone', 'features', 'training')
 
@@ -82,32 +82,23 @@ def run(x: torch.Tensor, whole: bool, network: Any) -> Any:
 
 def cases(options: argparse.Namespace, settings: Settings) -> Iterator[Case]:
     """Yield the configurations: backbone, backbone and neck, training step of the whole detector."""
-    kw = build(options.config, static=False).to(settings.device, settings.dtype)
-    static = None
+    kw = static = build(options.config, static=False).to(settings.device, settings.dtype)
     if 'static' in options.modes:
         static = build(options.config, static=True).to(settings.device, settings.dtype)
     name, kind = kw.backbone.name, type(kw).__name__
-    size, train_size = image_size(options.size), image_size(options.train_size)
-    x = drawn_images(options.batch, size).to(settings.device, settings.dtype)
-    for part in PARTS[:2]:
-        if part not in options.parts:
-            continue
-        whole = part == 'features'
-        yield inference_case(
-            name,
-            f'{kind}, {"backbone and neck" if whole else "backbone"}',
-            kw if whole else kw.backbone,
-            (static if whole else static.backbone) if static is not None else None,
-            options.batch,
-            size,
-            options.modes,
-            partial(run, x, whole),
-            options.memory_budget,
-        )
+    batch, size, modes = options.batch, image_size(options.size), list(dict.fromkeys(options.modes))
+    x = drawn_images(batch, size).to(settings.device, settings.dtype)
+    for part, task in (('backbone', 'backbone'), ('features', 'backbone and neck')):
+        if part in options.parts:
+            whole = part == 'features'
+            networks = (kw, static) if whole else (kw.backbone, static.backbone)
+            forward, budget = partial(run, x, whole), options.memory_budget
+            yield Case(name, f'{kind}, {task}', batch, size, *networks, forward, modes, memory_budget=budget)
     if 'training' in options.parts:
-        batch = options.train_batch
-        loss = loss_of(batch, train_size, settings)
-        yield training_case(name, f'{kind}, training step', kw, static, batch, train_size, options.modes, loss)
+        batch, size = options.train_batch, image_size(options.train_size)
+        modes = [mode for mode in modes if mode != 'optimized']
+        loss = loss_of(batch, size, settings)
+        yield Case(name, f'{kind}, training step', batch, size, kw, static, loss, modes, training=True)
 
 
 def main() -> int:
@@ -126,12 +117,11 @@ def main() -> int:
     if not options.config.is_file():
         parser.error(f"there is no config '{options.config}'")
     command = shlex.join(['python', 'tools/benchmark_detector.py', *sys.argv[1:]])
-    outputs = Outputs(options.csv, options.plot, options.readme)
     try:
         image_size(options.size), image_size(options.train_size)
-        outputs.check()
+        check_files(options)
         settings = settings_of(options)
-        return run_all(cases(options, settings), len(set(options.parts)), settings, outputs, command)
+        return run_all(cases(options, settings), len(set(options.parts)), settings, options, command)
     except (ValueError, OSError) as error:
         print(f'{parser.prog}: error: {error}', file=sys.stderr)
         return 2

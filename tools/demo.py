@@ -8,6 +8,7 @@ Example:
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,12 +18,60 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from kw_mmdet.generation import GENERATION
+from kw_mmdet.predict import Detector, read_image, write_image
+from kw_mmdet.predict import draw as draw_found
+from kw_mmdet.programs import load_config
 from make_shapes import make_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / 'configs/shapes/mask_rcnn_kw1x_mobilenetv2_050_fpn_shapes.py'
-ENLARGED = 2  # factor at which detections are drawn, for legible labels
+ENLARGED = 3  # factor at which detections are drawn, for legible labels
 METRICS = {'mAP': 'AP', 'mAP_50': 'AP50', 'mAP_75': 'AP75'}
+
+
+class Clock:
+    """How long each part took. ``make demo`` says when it began, so that set-up is the first."""
+
+    def __init__(self) -> None:
+        self.last = self.began = time.time()
+        self.laps: dict[str, float] = {}
+        if began := os.environ.get('MAKE_BEGAN'):
+            self.last = self.began = float(began)
+            self.lap('set-up')
+
+    def lap(self, name: str) -> None:
+        """End a part."""
+        now = time.time()
+        self.laps[name] = now - self.last
+        self.last = now
+
+    def __str__(self) -> str:
+        parts = ', '.join(f'{name} {seconds:.0f} s' for name, seconds in self.laps.items())
+        return f'{parts}: {self.last - self.began:.0f} s in all'
+
+
+def overridden(data: Path, epochs: int) -> dict[str, Any]:
+    """Return what is changed in the config: where the data are, how long the training is, no evaluation before its end.
+
+    Keys are dotted, as in ``--cfg-options``.
+    """
+    changed: dict[str, Any] = {}
+    for split, folder in (('train', 'train'), ('val', 'val'), ('test', 'val')):
+        key = f'data.{split}' if GENERATION == 2 else f'{split}_dataloader.dataset'
+        file = str(data / 'annotations' / f'{folder}.json')
+        changed[f'{key}.ann_file'] = file
+        changed[f'{key}.{"img_prefix" if GENERATION == 2 else "data_prefix.img"}'] = f'{data / folder}/'
+        if GENERATION > 2 and split != 'train':
+            changed[f'{split}_evaluator.ann_file'] = file
+    if GENERATION == 2:
+        return changed | {'runner.max_epochs': epochs, 'evaluation.interval': epochs + 1}
+    return changed | {'train_cfg.max_epochs': epochs, 'train_cfg.val_interval': epochs + 1}
+
+
+def max_epochs(config: Any) -> int:
+    """Return the epochs of a config."""
+    return (config.runner if GENERATION == 2 else config.train_cfg).max_epochs
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -55,12 +104,11 @@ def train(run: Path, options: list[str], epochs: int) -> Path:
         print(f'already trained: {done}')
         return done
     command = [sys.executable, str(ROOT / 'tools/train.py'), str(CONFIG), '--work-dir', str(run), '--seed', '0']
-    command += ['--no-validate']
     print(f'training {epochs} epochs; checkpoints and the whole log: {run}', flush=True)
     if done is not None:
         print(f'going on from {done}')
         command += ['--resume-from', str(done)]
-    run_quietly([*command, '--cfg-options', *options], run / 'train.log', show='Epoch [')
+    run_quietly([*command, '--cfg-options', *options], run / 'train.log', show='Epoch')
     last = newest_checkpoint(run)
     if last is None:
         raise SystemExit(f'training left no checkpoint in {run}')
@@ -76,37 +124,24 @@ def evaluate(run: Path, checkpoint: Path, options: list[str]) -> dict[str, float
     command += ['--eval', 'bbox', 'segm', '--cfg-options', *options]
     print(f'evaluating on held-out images; the whole log: {run / "test.log"}', flush=True)
     run_quietly(command, run / 'test.log', show='[>')
-    return json.loads(next(folder.glob('eval_*.json')).read_text())['metric']
+    # MMDetection 2.x writes one file, 3.x one per run, in folders named by the time.
+    if GENERATION == 2:
+        return json.loads(next(folder.glob('eval_*.json')).read_text())['metric']
+    metric = json.loads(max(folder.glob('*/*.json')).read_text())
+    return {key.removeprefix('coco/'): value for key, value in metric.items()}
 
 
 def draw(checkpoint: Path, data: Path, picture: Path, options: dict[str, Any], count: int = 12) -> None:
     """Draw detections on the first held-out images into one picture."""
-    import kw_mmdet  # noqa: F401  (registers KWBackbone)
-    from mmcv import Config
-    from mmdet.apis import inference_detector, init_detector
-
-    config = Config.fromfile(str(CONFIG))
-    config.merge_from_dict(options)
-    model = init_detector(config, str(checkpoint), device='cuda:0' if torch.cuda.is_available() else 'cpu')
+    detector = Detector(load_config(str(CONFIG), options), checkpoint)
     tiles = []
     for path in sorted((data / 'val').glob('*.png'))[:count]:
-        image = cv2.imread(str(path))
+        image = read_image(path)
         large = cv2.resize(image, None, fx=ENLARGED, fy=ENLARGED, interpolation=cv2.INTER_CUBIC)
-        result = enlarge(inference_detector(model, image))
-        drawn = model.show_result(large, result, score_thr=0.8, thickness=1, font_size=8, text_color='white')
-        tiles.append(cv2.resize(drawn, large.shape[1::-1]))
+        tiles.append(draw_found(large, detector(image).above(0.5).enlarged(ENLARGED), detector.names))
     columns = 4
     rows = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles) - columns + 1, columns)]
-    draft = picture.with_suffix('.draft.png')
-    cv2.imwrite(str(draft), np.vstack(rows))
-    draft.replace(picture)
-
-
-def enlarge(result: tuple[list[np.ndarray], list[list[np.ndarray]]]) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-    """Scale detections, boxes and masks per class, to the size that they are drawn at."""
-    boxes = [np.hstack([found[:, :4] * ENLARGED, found[:, 4:]]) for found in result[0]]
-    masks = [[np.kron(mask, np.ones((ENLARGED, ENLARGED), dtype=bool)) for mask in found] for found in result[1]]
-    return boxes, masks
+    write_image(picture, np.vstack(rows))
 
 
 def run_quietly(command: list[str], log: Path, show: str) -> None:
@@ -140,26 +175,30 @@ def print_table(metric: dict[str, float]) -> None:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs/shapes', help='default: %(default)s')
-    parser.add_argument('--epochs', type=int, default=8)
+    default = ROOT / 'work_dirs' / ('shapes' if GENERATION == 2 else f'shapes{GENERATION}')
+    parser.add_argument('--work-dir', type=Path, default=default, help='default: %(default)s')
+    parser.add_argument('--epochs', type=int, help='(those of the config)')
     parser.add_argument('--train', type=int, default=400, help='training images (default: %(default)s)')
     parser.add_argument('--val', type=int, default=100, help='held-out images (default: %(default)s)')
     args = parser.parse_args()
     work = args.work_dir.resolve()
-    began = time.monotonic()
+    clock = Clock()
     data = make_shapes(work / 'data', args.train, args.val)
-    overrides = {'runner.max_epochs': args.epochs}
-    for split, folder in (('train', 'train'), ('val', 'val'), ('test', 'val')):
-        overrides[f'data.{split}.ann_file'] = str(data / 'annotations' / f'{folder}.json')
-        overrides[f'data.{split}.img_prefix'] = f'{data / folder}/'
+    clock.lap('drawing')
+    epochs = args.epochs or max_epochs(load_config(str(CONFIG)))
+    overrides = overridden(data, epochs)
     options = [f'{key}={value}' for key, value in overrides.items()]
-    checkpoint = train(work / 'run', options, args.epochs)
+    checkpoint = train(work / 'run', options, epochs)
+    clock.lap('training')
     metric = evaluate(work / 'run', checkpoint, options)
+    clock.lap('evaluation')
     picture = work / 'detections.png'
     draw(checkpoint, data, picture, overrides)
     print_table(metric)
     print(f'\ncheckpoint: {checkpoint}\ndetections on held-out images: {picture}')
-    print(f'{time.monotonic() - began:.0f} s in all')
+    print(f'on photographs of your own: kw-mmdet predict PHOTOGRAPHS --config {CONFIG} --checkpoint {checkpoint}')
+    clock.lap('pictures')
+    print(clock)
 
 
 if __name__ == '__main__':

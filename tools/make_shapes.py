@@ -88,7 +88,7 @@ def make_split(folder: Path, split: str, count: int, size: int, seed: int) -> No
     (folder / 'annotations' / f'{split}.json').write_text(json.dumps(content))
 
 
-def make_shapes(folder: Path, train: int = 400, val: int = 100, size: int = 192, seed: int = 0) -> Path:
+def make_shapes(folder: Path, train: int = 400, val: int = 100, size: int = 128, seed: int = 0) -> Path:
     """Draw the data set unless it is there already; a broken-off drawing leaves nothing behind.
 
     Args:
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument('folder', type=Path)
     parser.add_argument('--train', type=int, default=400, help='training images (default: %(default)s)')
     parser.add_argument('--val', type=int, default=100, help='held-out images (default: %(default)s)')
-    parser.add_argument('--size', type=int, default=192, help='height and width in pixels (default: %(default)s)')
+    parser.add_argument('--size', type=int, default=128, help='height and width in pixels (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     try:

@@ -1,6 +1,8 @@
-"""Test a detector: checks the config, then runs MMDetection's own program (same arguments, see --help)."""
+"""Test a detector: `kw-mmdet test` from a checkout; the arguments are those of MMDetection's own program."""
 
-from kw_mmdet.programs import main
+import sys
+
+from kw_mmdet.cli import main
 
 if __name__ == '__main__':
-    main('test')
+    sys.exit(main(['test', *sys.argv[1:]]))

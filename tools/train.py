@@ -1,6 +1,8 @@
-"""Train a detector: checks the config, then runs MMDetection's own program (same arguments, see --help)."""
+"""Train a detector: `kw-mmdet train` from a checkout; the arguments are those of MMDetection's own program."""
 
-from kw_mmdet.programs import main
+import sys
+
+from kw_mmdet.cli import main
 
 if __name__ == '__main__':
-    main('train')
+    sys.exit(main(['train', *sys.argv[1:]]))

@@ -9,11 +9,14 @@ from .backbone import KWBackbone
 from .checks import check_config, check_neck
 from .configs import configs_path
 from .features import PyramidFeatures
-from .generation import trust_checkpoints
+from .fusing import protect_timm_networks
+from .generation import apply_bridges, trust_checkpoints
 from .hooks import TemperatureHook
 from .optim import ConvNeXtLayerDecay
 
 trust_checkpoints()
+apply_bridges()
+protect_timm_networks()
 
 __all__ = [
     'ConvNeXtLayerDecay',

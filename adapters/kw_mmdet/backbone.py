@@ -4,12 +4,14 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from .features import PyramidFeatures
 from .generation import BACKBONES, BaseModule
+from .padding import BatchSizes, follow_detectors, sizes_of
+from .sources import weights_source
 
 __all__ = ['KWBackbone']
-
-TIMM_PREFIX = 'timm://'
 
 
 @BACKBONES.register_module()
@@ -25,13 +27,19 @@ class KWBackbone(PyramidFeatures, BaseModule):
         norm_eval: Keep BatchNorms, those of the attention included, on their running statistics.
         out_norms: LayerNorm over the channels of every level; None: for ConvNeXt.
         head_conv: Make the 1x1 head's output the last level; None: for MobileNetV2 (1280 channels).
+        grad_checkpointing: Keep less for the gradient and compute it again; what ``with_cp`` is elsewhere.
+        ignore_padding: Compute the features of each image as if it were alone, whatever it was padded to: KW kernels
+            depend on the mean of their input. The published weights were trained with the padding, hence not with this.
+            The sizes come from the ``img_shape`` of the batch that the detector is called with.
         pretrained: True for timm's pretrained weights of ``name``, or a weight file.
         init_cfg: ``dict(type='Pretrained', checkpoint=FILE)``; ``'timm://NAME'`` stands for timm's pretrained weights.
-            Not together with ``pretrained``.
+            Of a detector's file the backbone is taken; ``prefix`` says what its names begin with, if not
+            ``'backbone.'``. Not together with ``pretrained``.
         **model_args: Arguments of ``timm.create_model``, e.g. ``drop_path_rate=0.4, ls_init_value=1.0``.
 
     Shape:
-        input ``(B, 3, H, W)``; output a tuple of ``(B, out_channels[i], H / strides[i], W / strides[i])``.
+        input ``(B, 3, H, W)``, and with ``ignore_padding`` outside of a detector ``sizes``; output a tuple of
+        ``(B, out_channels[i], H / strides[i], W / strides[i])``.
 
     Raises:
         ValueError: See :class:`~kw_mmdet.features.PyramidFeatures`; also for an ``init_cfg`` of another type.
@@ -48,13 +56,23 @@ class KWBackbone(PyramidFeatures, BaseModule):
         norm_eval: bool = True,
         out_norms: bool | None = None,
         head_conv: bool | None = None,
+        grad_checkpointing: bool = False,
+        ignore_padding: bool = False,
         pretrained: bool | str | None = None,
-        init_cfg: dict[str, Any] | None = None,
+        init_cfg: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
         **model_args: Any,
     ) -> None:
         if pretrained and init_cfg:
             raise ValueError('Give pretrained or init_cfg, not both.')
-        super().__init__(name, out_indices, frozen_stages, norm_eval, out_norms, head_conv, **model_args)
+        super().__init__(
+            name, out_indices, frozen_stages, norm_eval, out_norms, head_conv, grad_checkpointing, **model_args
+        )
+        if ignore_padding and grad_checkpointing:
+            raise ValueError('Choose ignore_padding or grad_checkpointing, they do not go together.')
+        self.ignore_padding = ignore_padding
+        self.batch_sizes: list[BatchSizes] = []
+        if ignore_padding:
+            follow_detectors()
         # MMDetection's NumClassCheckHook takes any module's num_classes for a detection head's.
         for module in self.model.modules():
             module.__dict__.pop('num_classes', None)
@@ -64,37 +82,30 @@ class KWBackbone(PyramidFeatures, BaseModule):
         self.init_cfg = init_cfg
         self._is_init = False
 
+    def forward(self, x: torch.Tensor, sizes: Sequence[tuple[int, int]] | None = None) -> tuple[torch.Tensor, ...]:
+        """Return one feature map per level for images ``(B, 3, H, W)``.
+
+        Args:
+            x: Images, padded at the right and at the bottom.
+            sizes: ``(height, width)`` of each without its padding; None takes them from the detector's batch if
+                ``ignore_padding``, else the padding for part of the images.
+
+        Raises:
+            ValueError: If ``ignore_padding`` and the sizes are not known, or they do not fit ``x``.
+        """
+        if sizes is None and self.ignore_padding:
+            sizes = sizes_of(x, self.batch_sizes)
+        return super().forward(x, sizes)
+
     def init_weights(self) -> None:
         """Load the weights that ``pretrained`` or ``init_cfg`` names; the constructor has drawn all others."""
         if self._is_init:
             warnings.warn('init_weights of KWBackbone has been called before; nothing is done.', stacklevel=2)
             return
-        source = self._weights_source()
+        source = weights_source(self.name, self.pretrained, self.init_cfg)
         if source is not None:
-            self.load_pretrained(None if source == TIMM_PREFIX else source)
+            self.load_pretrained(source.weights, source.prefix)
         self._is_init = True
-
-    def _weights_source(self) -> str | None:
-        """Return a file or URL, ``TIMM_PREFIX`` for timm's own weights, or None."""
-        if self.init_cfg:
-            kind, checkpoint = self.init_cfg.get('type'), self.init_cfg.get('checkpoint')
-            if kind != 'Pretrained' or not checkpoint:
-                raise ValueError(
-                    f"init_cfg of KWBackbone must be dict(type='Pretrained', checkpoint=...), "
-                    f'got {dict(self.init_cfg)}. '
-                    f'The network initializes itself; there is no other way to choose.'
-                )
-            source = str(checkpoint)
-        elif self.pretrained:
-            source = TIMM_PREFIX if self.pretrained is True else str(self.pretrained)
-        else:
-            return None
-        if source.startswith(TIMM_PREFIX):
-            wanted = source.removeprefix(TIMM_PREFIX)
-            if wanted and wanted.partition('.')[0] != self.name.partition('.')[0]:
-                raise ValueError(f"init_cfg names the weights of '{wanted}', but the backbone is '{self.name}'.")
-            return TIMM_PREFIX
-        return source
 
 
 def _drop_assignments(module: KWBackbone, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

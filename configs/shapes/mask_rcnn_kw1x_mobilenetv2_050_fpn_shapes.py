@@ -3,16 +3,16 @@
 _base_ = f'../_base_/mmdet{__import__("mmdet").__version__[0]}/shapes.py'
 custom_hooks = [dict(type='NumClassCheckHook'), dict(type='TemperatureHook', epochs=2)]
 model = dict(
-    # norm_eval stays on, from random weights too: statistics of 4 images are too noisy for the attention's norms.
+    # norm_eval stays on, from random weights too: statistics of 8 images are too noisy for the attention's norms.
     backbone=dict(name='kw1x_mobilenetv2_050', frozen_stages=-1, init_cfg=None),
     neck=dict(in_channels=[16, 16, 48, 1280], out_channels=64),
     rpn_head=dict(in_channels=64, feat_channels=64, anchor_generator=dict(scales=[4])),
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=64),
+        bbox_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=2)),
         bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=3),
-        mask_roi_extractor=dict(out_channels=64),
+        mask_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=2)),
         mask_head=dict(num_convs=2, in_channels=64, conv_out_channels=64, num_classes=3),
     ),
-    train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=128))),
+    train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=64))),
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200)),
 )

@@ -31,7 +31,7 @@ def fetch(
         entry: What to get.
         force: Fetch again what is there.
         keep: Keep the authors' file too.
-        weights: ``'ema'``, ``'model'`` or ``'auto'``, see :func:`~kw_hub.convert.read_source`.
+        weights: ``'ema'``, ``'model'`` or ``'auto'``, see :func:`~kw_hub.source.read_source`.
         record: Write the sha256 sums into the manifest, as a maintainer does once.
 
     Raises:

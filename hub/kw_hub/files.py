@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kw_timm import files
 from kw_timm.weights.store import RECORD, sha256_of
 
 from .errors import HubError
@@ -45,19 +46,20 @@ def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def new_file(file: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Write a temporary file that takes the place of ``file`` when the block ends well; otherwise nothing changes."""
+    """Fill a temporary file that takes the place of ``file`` when the block ends well; otherwise nothing changes.
+
+    Args:
+        file: Where the result will be.
+        overwrite: Replace what is there.
+
+    Raises:
+        HubError: If it is there already, the disk is full, or the folder cannot be written.
+    """
     _check_absent(file, overwrite)
     with room_for(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f'.{file.name}.', suffix='.incomplete', dir=file.parent)
-        os.close(handle)
-        filling = Path(name)
-        try:
+        with files.new_file(file) as filling:
             yield filling
-            filling.chmod(0o644)
-            filling.replace(file)
-        finally:
-            filling.unlink(missing_ok=True)
 
 
 def write_record(folder: Path, file: str, **facts: Any) -> dict[str, Any]:

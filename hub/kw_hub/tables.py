@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from .errors import HubError
+from kw_timm.files import new_file, replace_section
+
 from .manifest import Entry, load_manifest
 
-__all__ = ['classification_table', 'detection_table', 'insert_tables']
+__all__ = ['classification_table', 'detection_table', 'update_file', 'with_tables']
 
 _BEGIN = '<!-- {}: generated from hub/kw_hub/manifest.json by `kw-hub tables README.md` -->'
 _END = '<!-- end of {} -->'
@@ -37,29 +38,24 @@ def detection_table() -> str:
     return '\n'.join([*lines, *(f'\n{note}' for note in notes)])
 
 
-def insert_tables(text: str) -> str:
-    """Return a Markdown text with its marked tables replaced by the manifest's.
+def with_tables(file: Path) -> str:
+    """Return the text of a Markdown file with its marked tables replaced by the manifest's.
 
     Raises:
-        HubError: If the text has no marks.
+        ValueError: If it cannot be read or has no marks.
     """
-    for name, table in (('classification table', classification_table()), ('detection table', detection_table())):
-        begin, end = _BEGIN.format(name), _END.format(name)
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not found or not closed:
-            raise HubError(f"The text has no '{begin}' with an '{end}' after it.")
-        text = f'{before}{begin}\n{table}\n{end}{after}'
-    return text
+    tables = {'classification table': classification_table(), 'detection table': detection_table()}
+    return replace_section(file, *((_BEGIN.format(name), _END.format(name), table) for name, table in tables.items()))
 
 
 def update_file(file: Path) -> bool:
     """Write the manifest's tables into a Markdown file; say whether anything changed."""
-    old = file.read_text()
-    new = insert_tables(old)
-    if new != old:
-        file.write_text(new)
-    return new != old
+    new = with_tables(file)
+    if new == file.read_text():
+        return False
+    with new_file(file) as filling:
+        filling.write_text(new)
+    return True
 
 
 def _aps(entry: Entry | None) -> str:

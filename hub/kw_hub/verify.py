@@ -8,14 +8,12 @@ import timm
 from safetensors.torch import load_file
 
 import kw_timm.models  # noqa: F401  (registers the KW networks)
-from kw_timm.weights.detectors import detector_to_ours, is_detector
-from kw_timm.weights.exact import recognise_network, to_timm_exact
-from kw_timm.weights.store import RECORD, TAG, WEIGHTS, check_stored, hub_file, hub_revision, sha256_of
+from kw_timm.weights.store import RECORD, WEIGHTS, check_stored, hub_file, hub_revision, sha256_of
 
-from .convert import read_source
 from .errors import HubError
 from .known_answer import KNOWN_ANSWER, check_answer
 from .manifest import Entry, load_manifest
+from .source import read_source, recognise
 
 __all__ = ['verify_file', 'verify_folder', 'verify_repository']
 
@@ -50,13 +48,7 @@ def verify_folder(folder: Path) -> list[str]:
 def verify_file(file: Path) -> list[str]:
     """Check a single weight file: recognised, complete, and convertible both ways to the last bit."""
     source = read_source(file)
-    if is_detector(source.state_dict):
-        detector = detector_to_ours(source.state_dict, source.unused)
-        name = detector.name
-    else:
-        network = recognise_network(source.state_dict)
-        to_timm_exact(source.state_dict, network)
-        name = f'{network.name}.{TAG}' if not network.model_args else network.name
+    name = recognise(source).name
     where = f" (from its entry '{source.entry}')" if source.entry else ''
     done = [f'{len(source.state_dict)} tensors of {name}{where}, complete, converting both ways to the last bit']
     entry = next((entry for entry in load_manifest() if entry.name == name), None)

@@ -1,222 +1,193 @@
-"""What is measured: one configuration, its modes, and how each mode is called."""
+"""What is measured: one configuration, how it is computed in each mode, and what is found out about it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import difflib
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import optimization_report, optimize_for_inference
+from .. import mixing_work, optimization_report, optimize_for_inference
 from ..layers import straightforward
-from .measure import Call
-from .networks import drawn_images, make_networks
+from ..random_weights import drawn_images, settle
+from .measure import Settings, alternate, peak_memory, quartiles, relative_difference
+from .results import Machine, Result, bound
 
-__all__ = ['MODES', 'TRAINING_MODES', 'Case', 'Prepared', 'inference_case', 'network_cases', 'training_case']
+__all__ = ['MODES', 'Case', 'network_cases', 'run_case', 'static_name']
 
 MODES = ('static', 'straightforward', 'default', 'optimized')
-TRAINING_MODES = MODES[:3]
-
-Size = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A mode that is ready to run.
-
-    Attributes:
-        call: What is timed.
-        memory_call: What peak memory is measured of.
-        check_call: What is compared with the straightforward result.
-        network: The network that it runs.
-        note: What is to be told of the preparation.
-    """
-
-    call: Call
-    memory_call: Call
-    check_call: Call
-    network: nn.Module
-    note: str = ''
+# Differences beyond these are more than rounding; of gradients more, which jump where rounding switches a ReLU.
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
+GRADIENT_TOLERANCES = {torch.float64: 1e-6, torch.float32: 0.05, torch.bfloat16: 0.5, torch.float16: 0.3}
+# torch has no type of error for the CPU's memory.
+OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration.
+    """One configuration: a forward pass, or a training step, forward and backward without the optimizer's step."""
 
-    Attributes:
-        variant: Name of the KW network.
-        task: What is done, ``'inference'`` for instance.
-        batch: Images.
-        size: Height and width of the images in pixels.
-        modes: Makes a mode ready, by the mode's name.
-        reference: The straightforward computation, which every mode but the static one must agree with.
-        training: Whether gradients are compared, and there is no bound.
-        network: The KW network.
-    """
-
-    variant: str
-    task: str
-    batch: int
-    size: Size
-    modes: Mapping[str, Callable[[], Prepared]]
-    reference: Call
-    training: bool
-    network: nn.Module
+    variant: str  # the KW network's name
+    task: str  # what is done, 'inference' for instance
+    batch: int  # images
+    size: tuple[int, int]  # their height and width in pixels
+    kw: nn.Module  # KW network, or what contains one
+    static: nn.Module  # the same of the static network; needed for that mode
+    compute: Callable[[nn.Module], Any]  # a network's outputs, a tensor or several; in training its loss
+    modes: Sequence[str]
+    training: bool = False
+    memory_budget: int | str | None = None  # of optimize_for_inference
 
     def __str__(self) -> str:
-        """Name of the configuration."""
         return f'{self.variant}, {self.task}, batch {self.batch}, {self.size[0]} x {self.size[1]}'
+
+    def run(self, mode: str, network: nn.Module, check: bool = False, keep_gradients: bool = False) -> Sequence[Any]:
+        """Compute once in a mode, and return the output tensors, or the loss and all gradients.
+
+        A step to ``check`` is in eval mode: through BatchNorms of a few random values, rounding grows to percents.
+        Memory of gradients that is kept from the step before does not count as new.
+        """
+        with straightforward() if mode == 'straightforward' else nullcontext():
+            if not self.training:
+                with torch.inference_mode():
+                    outputs = self.compute(network)
+                return [outputs] if isinstance(outputs, torch.Tensor) else outputs
+            network.train(not check)
+            network.zero_grad(set_to_none=not keep_gradients)
+            loss = self.compute(network)
+            loss.backward()
+        return [loss.detach(), *(p.grad for p in network.parameters() if p.grad is not None)]
+
+
+def static_name(variant: str) -> str:
+    """Return timm's name of the static network of a KW variant; raise ValueError if there is no such variant."""
+    known = timm.list_models('kw*')
+    if variant not in known:
+        close = difflib.get_close_matches(variant, known, n=3, cutoff=0.5)
+        hint = f'Did you mean {" or ".join(close)}?' if close else f'There are: {", ".join(known)}.'
+        raise ValueError(f"There is no KW network '{variant}'. {hint}")
+    return variant.partition('_')[2]
 
 
 def network_cases(
     variant: str,
     modes: Sequence[str],
-    batches: Sequence[int],
-    size: Size,
-    train_batches: Sequence[int],
-    train_size: Size,
+    inference: Sequence[tuple[int, tuple[int, int]]],
+    training: Sequence[tuple[int, tuple[int, int]]],
     features_only: bool,
-    device: torch.device,
-    dtype: torch.dtype,
+    settings: Settings,
     memory_budget: int | str | None = None,
 ) -> Iterator[Case]:
-    """Yield the configurations of one variant as a timm network: inference of every batch, then training steps.
+    """Yield a variant's configurations: forward passes, then training steps of so many images of that size.
 
-    Args:
-        variant: Name of the KW network.
-        modes: Modes to measure.
-        batches: Images of each inference.
-        size: Height and width of its images in pixels.
-        train_batches: Images of each training step.
-        train_size: Height and width of its images in pixels.
-        features_only: Extractors of multi-scale features rather than classifiers.
-        device: Where.
-        dtype: Type of weights and images.
-        memory_budget: See :func:`kw_timm.optimize_for_inference`.
-    """
-    kw, static = make_networks(variant, features_only, 'static' in modes, device, dtype)
-    kind = 'features' if features_only else 'inference'
-    for batch in batches:
-        x = drawn_images(batch, size).to(device, dtype)
-        yield inference_case(variant, kind, kw, static, batch, size, modes, partial(_outputs, x), memory_budget)
-    kind = 'features training step' if features_only else 'training step'
-    for batch in train_batches:
-        x = drawn_images(batch, train_size).to(device, dtype)
-        yield training_case(variant, kind, kw, static, batch, train_size, modes, partial(_loss, x))
-
-
-def inference_case(
-    variant: str,
-    task: str,
-    kw: nn.Module,
-    static: nn.Module | None,
-    batch: int,
-    size: Size,
-    modes: Sequence[str],
-    forward: Callable[[nn.Module], Any],
-    memory_budget: int | str | None = None,
-) -> Case:
-    """Return the configuration of a forward pass.
-
-    Args:
-        variant: Name of the KW network.
-        task: What to call it.
-        kw: KW network, or what contains one.
-        static: The same of the static network; needed for that mode.
-        batch: Images.
-        size: Their height and width in pixels.
-        modes: Modes to measure.
-        forward: Computes a network's outputs, a tensor or several.
-        memory_budget: See :func:`kw_timm.optimize_for_inference`.
+    With ``features_only``, networks are extractors of the multi-scale features that a detector uses.
     """
 
-    def prepared(
-        network: nn.Module, context: Callable[[], AbstractContextManager[Any]] = nullcontext, note: str = ''
-    ) -> Prepared:
-        network.eval()
+    def make(name: str, **levels: Any) -> nn.Module:
+        network = timm.create_model(name, features_only=features_only, **levels)
+        return settle(network.to(settings.device)).to(settings.dtype)
 
-        def call() -> Sequence[torch.Tensor]:
-            with torch.inference_mode(), context():
-                outputs = forward(network)
-            return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-
-        return Prepared(call, call, call, network, note)
-
-    def optimized() -> Prepared:
-        network = optimize_for_inference(kw, batch_size=batch, memory_budget=memory_budget)
-        return prepared(network, note=str(optimization_report(network)))
-
-    ways = _ways(prepared, kw, static) | {'optimized': optimized}
-    chosen = {mode: ways[mode] for mode in modes}
-    return Case(variant, task, batch, size, chosen, prepared(kw, straightforward).check_call, False, kw)
+    torch.manual_seed(0)
+    kw: Any = make(variant)
+    levels = {'out_indices': tuple(kw.feature_info.out_indices)} if features_only else {}
+    static = make(static_name(variant), **levels) if 'static' in modes else kw
+    for is_training, sizes in ((False, inference), (True, training)):
+        task = ' '.join(['features'] * features_only + ['training step'] * is_training) or 'inference'
+        own = [mode for mode in modes if not (is_training and mode == 'optimized')]
+        for batch, size in sizes:
+            compute = partial(_compute, drawn_images(batch, size).to(settings.device, settings.dtype), is_training)
+            yield Case(variant, task, batch, size, kw, static, compute, own, is_training, memory_budget)
 
 
-def training_case(
-    variant: str,
-    task: str,
-    kw: nn.Module,
-    static: nn.Module | None,
-    batch: int,
-    size: Size,
-    modes: Sequence[str],
-    loss: Callable[[nn.Module], torch.Tensor],
-) -> Case:
-    """Return the configuration of a training step: forward and backward, without the optimizer's step.
-
-    Peak memory is that beyond parameters, buffers and gradients: it is measured with the gradients' memory in place.
-    Gradients are compared in eval mode: through BatchNorms of a few random values, rounding grows to percents.
-
-    Args:
-        variant: Name of the KW network.
-        task: What to call it.
-        kw: KW network, or what contains one.
-        static: The same of the static network; needed for that mode.
-        batch: Images.
-        size: Their height and width in pixels.
-        modes: Modes to measure; ``'optimized'`` is left out, since it is for inference only.
-        loss: Computes a network's loss, a scalar.
-    """
-
-    def prepared(network: nn.Module, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Prepared:
-        def step(keep_gradients: bool = False, training: bool = True) -> Sequence[torch.Tensor]:
-            network.train(training)
-            network.zero_grad(set_to_none=not keep_gradients)
-            with context():
-                value = loss(network)
-                value.backward()
-            return [value.detach(), *(p.grad for p in network.parameters() if p.grad is not None)]
-
-        return Prepared(step, lambda: step(keep_gradients=True), lambda: step(training=False), network)
-
-    ways = _ways(prepared, kw, static)
-    chosen = {mode: ways[mode] for mode in modes if mode in TRAINING_MODES}
-    return Case(variant, task, batch, size, chosen, prepared(kw, straightforward).check_call, True, kw)
-
-
-def _ways(
-    prepared: Callable[..., Prepared], kw: nn.Module, static: nn.Module | None
-) -> dict[str, Callable[[], Prepared]]:
-    """Return what makes the modes ready that inference and training have in common."""
-    ways: dict[str, Callable[[], Prepared]] = {
-        'straightforward': partial(prepared, kw, straightforward),
-        'default': partial(prepared, kw),
-    }
-    if static is not None:
-        ways['static'] = partial(prepared, static)
-    return ways
-
-
-def _outputs(x: torch.Tensor, network: nn.Module) -> Any:
-    return network(x)
-
-
-def _loss(x: torch.Tensor, network: nn.Module) -> torch.Tensor:
-    """Return the cross entropy of logits against drawn labels, or the mean square of features."""
+def _compute(x: torch.Tensor, is_training: bool, network: nn.Module) -> Any:
+    """Return outputs, or a loss: cross entropy of logits against drawn labels, the mean square of features."""
     outputs = network(x)
+    if not is_training:
+        return outputs
     if not isinstance(outputs, torch.Tensor):
         return torch.stack([feature.square().mean() for feature in outputs]).mean()
     labels = torch.randint(outputs.shape[1], (len(outputs),), generator=torch.Generator().manual_seed(2))
     return F.cross_entropy(outputs, labels.to(outputs.device))
+
+
+def run_case(
+    case: Case,
+    settings: Settings,
+    machine: Machine,
+    command: str = '',
+    say: Callable[[str], None] = print,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Result]:
+    """Measure one configuration: a result per mode; one that cannot be measured is left out, and the others go on.
+
+    ``say`` is told what the user should know, ``progress`` what is being done; ``command`` is recorded.
+    """
+    networks: dict[str, nn.Module] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    expected: Sequence[torch.Tensor] = ()
+    tolerance = (GRADIENT_TOLERANCES if case.training else TOLERANCES)[settings.dtype]
+    # The straightforward result comes first: the others are held against it.
+    for mode in dict.fromkeys(['straightforward', *case.modes]):
+        progress(f'{case}: trying {mode}')
+        try:
+            networks[mode], found, facts[mode] = _try(case, mode, settings.device)
+            problem = '' if all(bool(tensor.isfinite().all()) for tensor in found) else 'its results are not finite.'
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+                raise
+            problem = 'out of memory. A smaller batch or size needs less.'
+            torch.cuda.empty_cache()
+        if problem:
+            if mode in case.modes:
+                say(f'{case}: {mode} is left out: {problem}')
+            networks.pop(mode, None)
+            continue
+        if mode == 'straightforward':
+            expected = found
+        if mode != 'static' and expected:
+            facts[mode]['difference'] = difference = relative_difference(found, expected, jointly=case.training)
+            if not difference <= tolerance:
+                say(f'{case}: warning: {mode} differs from straightforward by {difference:.1e}, relative')
+        if mode == 'optimized':
+            say(f'{mode}, made ready in {facts[mode]["preparation"]:.1f} s: {optimization_report(networks[mode])}')
+    expected = found = ()
+    calls = {mode: partial(case.run, mode, networks[mode]) for mode in case.modes if mode in networks}
+    for mode, call in calls.items() if case.training else ():
+        # Not before: a step in train mode changes the statistics of BatchNorms, with which others are checked.
+        facts[mode]['peak_memory'], _ = peak_memory(partial(call, keep_gradients=True), settings.device)
+    times = alternate(calls, settings, lambda done: progress(f'{case}: round {done}'))
+    for network in networks.values():
+        network.zero_grad()
+
+    static, plain = (quartiles(times[mode])[1] if mode in times else None for mode in ('static', 'straightforward'))
+    work = mixing_work(networks.get('optimized', case.kw), case.batch) if times and not case.training else None
+    limit = bound(static, work.flops, work.bytes, machine.gemm, machine.bandwidth) if static and work else None
+    for mode, own in times.items():
+        first, median, third = quartiles(own)
+        facts[mode] |= dict(seconds=median, first_quartile=first, third_quartile=third, rounds=len(own))
+        facts[mode] |= dict(speedup=plain and plain / median, over_static=static and median / static)
+        facts[mode] |= dict(bound=limit, over_bound=median / limit if limit and mode != 'static' else None)
+        facts[mode] |= dict(mixing_flops=work and float(work.flops), mixing_bytes=work and float(work.bytes))
+    what = (case.variant, case.task, case.batch, *case.size)
+    return [Result(*what, mode, machine=machine, command=command, **facts[mode]) for mode in times]
+
+
+def _try(case: Case, mode: str, device: torch.device) -> tuple[nn.Module, Sequence[torch.Tensor], dict[str, Any]]:
+    """Make a mode ready and run it for the first time; return its network, results, and what else is to be known."""
+    start = time.perf_counter()
+    if mode == 'optimized':
+        network = optimize_for_inference(case.kw, batch_size=case.batch, memory_budget=case.memory_budget)
+    else:
+        network = (case.static if mode == 'static' else case.kw).eval()
+    preparation = time.perf_counter() - start
+    torch.manual_seed(0)
+    memory, found = peak_memory(partial(case.run, mode, network, check=True), device)
+    found = [tensor.clone() for tensor in found]  # The next step adds to gradients in place.
+    return network, found, {'preparation': preparation, 'peak_memory': memory, 'difference': None}

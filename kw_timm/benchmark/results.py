@@ -1,91 +1,105 @@
 """Measured figures, and their CSV file."""
 
 import csv
-import types
+import platform
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import BenchmarkError
-from .files import new_file
-from .machine import Machine
+import timm
+import torch
 
-__all__ = ['Result', 'bound', 'read_csv', 'write_csv']
+from .. import __version__
+from ..files import new_file
+from .measure import Settings, gemm_speed, read_bandwidth, uncertainty
+
+__all__ = ['Machine', 'Result', 'bound', 'grouped', 'measure_machine', 'read_csv', 'write_csv']
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where figures were measured, with what, and the limits of it."""
+
+    device: str  # 'cpu' or 'cuda:N'
+    device_name: str  # model of the processor or GPU
+    threads: int  # that torch computes with on the CPU
+    dtype: str  # of weights and images: 'float32'
+    gemm: float  # speed of a large matrix product in that type, FLOP/s
+    bandwidth: float  # speed of reading memory, bytes/s
+    torch: str  # versions
+    timm: str
+    kw_timm: str
+    python: str
 
 
 @dataclass(frozen=True)
 class Result:
-    """One mode of one configuration; a row of the CSV file, with the columns of :class:`Machine` behind its own.
+    """One mode of one configuration; a row of the CSV file, with the columns of :class:`Machine` behind its own."""
 
-    Attributes:
-        variant: Name of the KW network.
-        task: ``'inference'``, ``'features'``, ``'training step'``, ...
-        batch: Images.
-        height: Of the images, in pixels; likewise ``width``.
-        mode: ``'static'``, ``'straightforward'``, ``'default'`` or ``'optimized'``.
-        seconds: Median time.
-        first_quartile: Of the times, in seconds; likewise ``third_quartile``.
-        rounds: Number of times.
-        speedup: Straightforward time / this time.
-        over_static: This time / static time.
-        peak_memory: Bytes beyond parameters, buffers and gradients, see ``measure.peak_memory``.
-        difference: Largest difference from the straightforward result, relative; of gradients in training.
-        bound: Static time + what mixing takes at the machine's limits, in seconds.
-        over_bound: This time / bound.
-        mixing_flops: FLOPs of making the kernels, per pass.
-        mixing_bytes: Bytes read for making the kernels, per pass.
-        preparation: Seconds that making the mode's network ready took.
-        machine: Where.
-        command: Command line that measured it.
-    """
-
-    variant: str
-    task: str
-    batch: int
-    height: int
+    variant: str  # the KW network's name
+    task: str  # 'inference', 'features', 'training step', ...
+    batch: int  # images
+    height: int  # of the images, in pixels
     width: int
     mode: str
-    seconds: float
-    first_quartile: float
+    seconds: float  # median time of a batch
+    first_quartile: float  # in seconds
     third_quartile: float
-    rounds: int
-    speedup: float | None
-    over_static: float | None
-    peak_memory: int | None
-    difference: float | None
-    bound: float | None
-    over_bound: float | None
-    mixing_flops: float | None
-    mixing_bytes: float | None
-    preparation: float
+    rounds: int  # number of times
+    speedup: float | None  # straightforward time / this time
+    over_static: float | None  # this time / static time
+    peak_memory: int | None  # bytes, see measure.peak_memory
+    difference: float | None  # largest from the straightforward result, relative; of gradients in training
+    bound: float | None  # static time + what mixing takes at the machine's limits, in seconds
+    over_bound: float | None  # this time / bound
+    mixing_flops: float | None  # of making the kernels of a batch
+    mixing_bytes: float | None  # that are read for it
+    preparation: float  # seconds that making the network ready took
     machine: Machine
-    command: str
+    command: str  # command line that measured it
 
     @property
-    def configuration(self) -> tuple[str, str, int, int, int]:
-        """What a mode is one of: variant, task, batch, height, width."""
-        return (self.variant, self.task, self.batch, self.height, self.width)
+    def uncertainty(self) -> float:
+        """Of the median, relative."""
+        return uncertainty(self.rounds, self.first_quartile, self.seconds, self.third_quartile)
+
+
+COLUMNS = typing.get_type_hints(Result) | typing.get_type_hints(Machine)
+del COLUMNS['machine']
+
+
+def measure_machine(settings: Settings) -> Machine:
+    """Name a device and measure its limits; takes a few seconds."""
+    file, device = Path('/proc/cpuinfo'), settings.device
+    found = re.search(r'model name\s*: (.*)', file.read_text() if file.is_file() else '')
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    if device.type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+    what = (str(device), name, torch.get_num_threads(), str(settings.dtype).removeprefix('torch.'))
+    versions = (torch.__version__, timm.__version__, __version__, platform.python_version())
+    return Machine(*what, gemm_speed(device, settings.dtype), read_bandwidth(device), *versions)
 
 
 def bound(static: float, flops: float, moved: float, gemm: float, bandwidth: float) -> float:
-    """Return the time that no way of mixing beats, in seconds.
-
-    Args:
-        static: Time of the static network, in seconds.
-        flops: FLOPs of mixing.
-        moved: Bytes that mixing reads and writes.
-        gemm: Measured speed of matrix products, FLOP/s.
-        bandwidth: Measured speed of memory, bytes/s.
-    """
+    """Return the time in seconds that no way of mixing beats: static time, and FLOPs or bytes at measured speeds."""
     return static + max(flops / gemm, moved / bandwidth)
 
 
+def grouped(results: Sequence[Result]) -> list[dict[str, Result]]:
+    """Return results by mode, for every configuration; a later run of a configuration replaces an earlier one."""
+    groups: dict[Any, dict[str, Result]] = {}
+    for r in results:
+        groups.setdefault((r.variant, r.task, r.batch, r.height, r.width), {})[r.mode] = r
+    return list(groups.values())
+
+
 def write_csv(file: Path, results: Sequence[Result]) -> None:
-    """Write results, a row each; under a temporary name first."""
+    """Write results, a row each."""
     with new_file(file) as filling, filling.open('w', newline='') as stream:
-        writer = csv.DictWriter(stream, _columns(), lineterminator='\n')
+        writer = csv.DictWriter(stream, list(COLUMNS), lineterminator='\n')
         writer.writeheader()
         for result in results:
             row = asdict(result)
@@ -93,43 +107,22 @@ def write_csv(file: Path, results: Sequence[Result]) -> None:
 
 
 def read_csv(file: Path) -> list[Result]:
-    """Read results.
-
-    Raises:
-        BenchmarkError: If there is no such file, or it is not one that this package wrote.
-    """
+    """Read results; raise ValueError if there is no such file, or it is not one that this package wrote."""
     try:
         with file.open(newline='') as stream:
             reader = csv.DictReader(stream)
-            missing = set(_columns()) - set(reader.fieldnames or ())
+            missing = sorted(set(COLUMNS) - set(reader.fieldnames or ()))
             if missing:
-                raise BenchmarkError(
-                    f"'{file}' is not a result file of this version of `kw-timm bench`: it has no column "
-                    f'{", ".join(sorted(missing))}. Measure again with --csv.'
-                )
+                raise ValueError(f'it is not a result file of `kw-timm bench`, it has no column {", ".join(missing)}')
             return [_result(row) for row in reader]
-    except OSError as error:
-        raise BenchmarkError(f"'{file}' cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, csv.Error, TypeError, ValueError) as error:
-        if isinstance(error, BenchmarkError):
-            raise
-        raise BenchmarkError(f"'{file}' is damaged: {error}. Measure again with --csv.") from error
-
-
-def _columns() -> list[str]:
-    own = [field.name for field in fields(Result) if field.name != 'machine']
-    return own + [field.name for field in fields(Machine)]
+    except (OSError, csv.Error, TypeError, ValueError) as error:
+        why = getattr(error, 'strerror', None) or error
+        raise ValueError(f"'{file}' cannot be read: {why}. `kw-timm bench --csv FILE` writes such a file.") from error
 
 
 def _result(row: dict[str, str]) -> Result:
-    machine = Machine(**{name: _parse(row[name], kind) for name, kind in typing.get_type_hints(Machine).items()})
-    own = {name: kind for name, kind in typing.get_type_hints(Result).items() if name != 'machine'}
-    return Result(machine=machine, **{name: _parse(row[name], kind) for name, kind in own.items()})
-
-
-def _parse(text: str, kind: Any) -> Any:
-    if isinstance(kind, types.UnionType):
-        if not text:
-            return None
-        kind = typing.get_args(kind)[0]
-    return kind(text)
+    values: dict[str, Any] = {}
+    for name, hint in COLUMNS.items():
+        parse, *may_be_none = typing.get_args(hint) or (hint,)
+        values[name] = None if may_be_none and not row[name] else parse(row[name])
+    return Result(machine=Machine(**{field.name: values.pop(field.name) for field in fields(Machine)}), **values)

@@ -1,175 +1,134 @@
 """A whole run: its options, all configurations one after another, and its files."""
 
 import argparse
+import re
+import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from .cases import MODES, Case
-from .errors import BenchmarkError
-from .files import check_writable
-from .machine import measure_machine
-from .plot import check_plot, plot
-from .progress import Progress
-from .report import describe, markdown, text_table, update_readme
-from .results import Result, write_csv
-from .run import Settings, run_case
+from ..files import check_writable, new_file, replace_section
+from .cases import MODES, Case, run_case
+from .measure import Settings
+from .report import BEGIN, END, check_plot, describe, markdown, plot, text_table
+from .results import Result, measure_machine, write_csv
 
-__all__ = ['Outputs', 'add_options', 'check_device', 'image_size', 'positive', 'run_all', 'settings_of']
-
-DTYPES = ('float32', 'float64', 'bfloat16', 'float16')
+__all__ = ['add_options', 'check_files', 'image_size', 'positive', 'run_all', 'settings_of', 'write_files']
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """Files that a run writes; None for none."""
+def _at_least(least: float, kind: type, text: str) -> float:
+    """Parse a number, for argparse."""
+    pattern = r'\d+' if kind is int else r'\d+\.?\d*|\.\d+'
+    if not re.fullmatch(pattern, text) or kind(text) < least:
+        what = 'whole number' if kind is int else 'number'
+        raise argparse.ArgumentTypeError(f"expected a {what}, {least} or more, got '{text}'")
+    return kind(text)
 
-    csv: Path | None = None
-    plot: Path | None = None
-    readme: Path | None = None
 
-    def check(self) -> None:
-        """Raise BenchmarkError if one of them could not be written."""
-        for file in (self.csv, self.plot, self.readme):
-            if file is not None:
-                check_writable(file)
-        if self.plot is not None:
-            check_plot(self.plot)
-        if self.readme is not None:
-            update_readme(self.readme, None)
+positive = partial(_at_least, 1, int)
 
-    def write(self, results: Sequence[Result], rendered_by: str = '') -> None:
-        """Write all of them, and say so."""
-        if self.csv is not None:
-            write_csv(self.csv, results)
-        if self.plot is not None:
-            plot(results, self.plot)
-        if self.readme is not None:
-            update_readme(self.readme, markdown(results, rendered_by))
-        written = [f"'{file}'" for file in (self.csv, self.plot, self.readme) if file is not None]
-        if written:
-            print(f'written: {", ".join(written)}')
+
+def image_size(words: Sequence[str]) -> tuple[int, int]:
+    """Return height and width in pixels of ``['224']``, ``['800x1333']`` or ``['800', '1333']``; or a ValueError."""
+    found = re.fullmatch(r'0*([1-9]\d*)(?:[x ]0*([1-9]\d*))?', ' '.join(words).lower())
+    if not found:
+        raise ValueError(f"'{' '.join(words)}' is not a size in pixels. Expected 224, 800x1333 or 800 1333.")
+    return int(found[1]), int(found[2] or found[1])
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that every benchmark has."""
-    parser.add_argument(
-        '--modes', nargs='+', choices=MODES, default=list(MODES), metavar='MODE', help=f'of {", ".join(MODES)} (all)'
-    )
-    cuda = torch.cuda.is_available()
-    parser.add_argument('--device', default='cuda' if cuda else 'cpu', help='cpu, cuda or cuda:N (%(default)s)')
-    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='of weights and images (%(default)s)')
-    parser.add_argument('--threads', type=positive, metavar='N', help="of the CPU (torch's own choice)")
-    parser.add_argument('--repeats', type=positive, default=7, metavar='N', help='rounds at least (%(default)s)')
-    parser.add_argument(
-        '--min-time', type=seconds, default=2.0, metavar='S', help='seconds of rounds per configuration (%(default)s)'
-    )
-    parser.add_argument(
-        '--memory-budget', metavar='BYTES', help='2GB, for instance: what the optimized network may take beyond cells'
-    )
-    parser.add_argument('--csv', type=Path, metavar='FILE', help='write all figures, after every configuration')
-    parser.add_argument('--plot', type=Path, metavar='FILE', help='draw the times')
-    parser.add_argument(
-        '--readme', type=Path, metavar='FILE', help='write the tables between the marks of a Markdown file'
-    )
+    add, number = parser.add_argument, partial(_at_least, 0, float)
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    add('--modes', nargs='+', choices=MODES, default=MODES, metavar='MODE', help=f'of {" ".join(MODES)} (all)')
+    add('--device', default=device, help='cpu, cuda or cuda:N (%(default)s)')
+    add('--dtype', choices=('float32', 'float64', 'bfloat16', 'float16'), default='float32', help='(%(default)s)')
+    add('--threads', type=positive, metavar='N', help="of the CPU (torch's own choice)")
+    add('--precision', type=number, default=3.0, metavar='P', help='measure medians to so many percent (%(default)s)')
+    add('--repeats', type=positive, default=3, metavar='N', help='... in so many rounds at least (%(default)s)')
+    add('--min-time', type=number, default=1.0, metavar='S', help='... and in so many seconds (%(default)s)')
+    add('--max-time', type=number, default=8.0, metavar='S', help='... but stop after so many (%(default)s)')
+    add('--memory-budget', metavar='BYTES', help='what an optimized network may take beyond cells: 2GB, for instance')
+    add('--csv', type=Path, metavar='FILE', help='write all figures, after every configuration')
+    add('--plot', type=Path, metavar='FILE', help='draw the times')
+    add('--readme', type=Path, metavar='FILE', help='write the tables between the marks of a Markdown file')
+
+
+def check_files(options: argparse.Namespace) -> None:
+    """Raise ValueError if a file that is asked for could not be written."""
+    for file in filter(None, (options.csv, options.plot, options.readme)):
+        check_writable(file)
+    if options.plot:
+        check_plot(options.plot)
+    if options.readme:
+        replace_section(options.readme, (BEGIN, END, ''))
+
+
+def write_files(results: Sequence[Result], options: argparse.Namespace, rendered_by: str = '') -> None:
+    """Write the files that are asked for, and say so."""
+    if options.csv:
+        write_csv(options.csv, results)
+    if options.plot:
+        plot(results, options.plot)
+    if options.readme:
+        text = replace_section(options.readme, (BEGIN, END, f'\n{markdown(results, rendered_by)}\n'))
+        with new_file(options.readme) as filling:
+            filling.write_text(text)
+    written = [f"'{file}'" for file in (options.csv, options.plot, options.readme) if file]
+    if written:
+        print(f'written: {", ".join(written)}')
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """Return how to measure, and set torch's threads.
-
-    Raises:
-        BenchmarkError: If the device is not there.
-    """
-    device = check_device(options.device)
+    """Return how to measure, and set torch's threads; raise ValueError for a device that is not there."""
+    name, count = options.device, torch.cuda.device_count()
+    if not re.fullmatch(r'cpu|cuda(:\d+)?', name):
+        raise ValueError(f"--device {name}: expected 'cpu', 'cuda' or 'cuda:N'.")
+    device = torch.device(name)
+    if device.type == 'cuda' and (device.index or 0) >= count:
+        raise ValueError(f'--device {name}: torch {torch.__version__} sees {count} GPUs here.')
     if options.threads:
         torch.set_num_threads(options.threads)
-    return Settings(device, getattr(torch, options.dtype), options.repeats, options.min_time)
+    rounds = (options.repeats, options.precision / 100, options.max_time, options.min_time)
+    return Settings(device, getattr(torch, options.dtype), *rounds)
 
 
-def check_device(name: str) -> torch.device:
-    """Return a device, if it is one that can be measured on and is there."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device('meta')
-    if device.type not in ('cpu', 'cuda'):
-        raise BenchmarkError(f"--device {name}: expected 'cpu', 'cuda' or 'cuda:N'.")
-    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
-        raise BenchmarkError(f'--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here.')
-    return device
+def run_all(cases: Iterable[Case], total: int, settings: Settings, options: argparse.Namespace, command: str) -> int:
+    """Measure so many configurations; print a table each, keep the CSV file up to date, write the others at the end.
 
-
-def positive(text: str) -> int:
-    """Parse a whole number above 0, for argparse."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got '{text}'")
-    return int(text)
-
-
-def seconds(text: str) -> float:
-    """Parse a time of at least 0 in seconds, for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float('inf'):
-        raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, got '{text}'")
-    return value
-
-
-def image_size(words: Sequence[str]) -> tuple[int, int]:
-    """Return height and width in pixels of ``['224']``, ``['800x1333']`` or ``['800', '1333']``.
-
-    Raises:
-        BenchmarkError: If the words are none of these.
+    They are taken one by one, so that only one variant is in memory. ``options`` name the files: ``csv``, ``plot``,
+    ``readme``. Returns the exit code: 0, 1 if a mode had to be left out, 130 when interrupted.
     """
-    numbers = [part for word in words for part in word.lower().split('x')]
-    if not 1 <= len(numbers) <= 2 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
-        raise BenchmarkError(f"'{' '.join(words)}' is not a size in pixels. Expected 224, 800x1333 or 800 1333.")
-    return int(numbers[0]), int(numbers[-1])
 
+    def say(text: str) -> None:
+        with tqdm.external_write_mode():
+            print(text, flush=True)
 
-def run_all(cases: Iterable[Case], total: int, settings: Settings, outputs: Outputs, command: str) -> int:
-    """Measure configurations one after another; print a table each, and keep the CSV file up to date.
-
-    Args:
-        cases: Configurations; taken one by one, so that only one variant is in memory.
-        total: Their number.
-        settings: How to measure.
-        outputs: Files to write.
-        command: Command line to record.
-
-    Returns:
-        Exit code: 0, 1 if a mode had to be left out, 130 when interrupted.
-    """
     results: list[Result] = []
     complete = True
     try:
-        with Progress(total) as progress:
-            progress.show('measuring the limits of the machine')
-            machine = measure_machine(settings.device, settings.dtype)
-            progress.say(describe([machine]))
+        # disable=None: no bar where stderr is no terminal.
+        with tqdm(total=total, file=sys.stderr, disable=None, unit='configuration', leave=False) as bar:
+            bar.set_description_str('measuring the limits of the machine')
+            machine = measure_machine(settings)
+            say(describe([machine]))
             for case in cases:
-                found, whole = run_case(case, settings, machine, command, progress.say, progress.show)
-                complete = complete and whole
+                found = run_case(case, settings, machine, command, say, bar.set_description_str)
+                complete = complete and len(found) == len(case.modes)
                 results += found
-                if outputs.csv is not None:
-                    write_csv(outputs.csv, results)
-                progress.say('\n' + text_table(found) if found else f'{case}: nothing could be measured')
-                progress.advance()
+                if options.csv:
+                    write_csv(options.csv, results)
+                say('\n' + text_table(found) if found else f'{case}: nothing could be measured')
+                bar.update()
                 del case
     except KeyboardInterrupt:
-        if not results:
-            where = 'nothing was measured yet'
-        elif outputs.csv is not None:
-            where = f"what was measured is in '{outputs.csv}'; --from-csv shows it"
-        else:
-            where = 'what was measured is above; --csv FILE would have kept it'
-        print(f'\ninterrupted: {where}')
+        where = f"in '{options.csv}'; --from-csv shows it" if options.csv else 'above; --csv FILE would have kept it'
+        print(f'\ninterrupted: {f"what was measured is {where}" if results else "nothing was measured yet"}')
         return 130
     print()
     if results:
-        outputs.write(results)
+        write_files(results, options)
     return 0 if complete else 1

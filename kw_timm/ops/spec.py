@@ -1,7 +1,7 @@
 """What never changes about a KW convolution, as one value that is made with the layer and handed down whole."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,6 @@ class ConvSpec:
         dilation: Dilation per spatial axis.
         groups: Groups.
         end_padding: Further zeros at the end of each spatial axis: ``'same'`` padding of an even window has one.
-        kernel_shape: ``(O, I / groups, *kernel_size)``.
-        is_pointwise: Whether the convolution only mixes channels: one group, no window, no padding.
     """
 
     grid: tuple[int, int, int]
@@ -36,15 +34,6 @@ class ConvSpec:
     dilation: tuple[int, ...]
     groups: int = 1
     end_padding: tuple[int, ...] = ()
-    kernel_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    is_pointwise: bool = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        # Kept rather than computed when asked: small layers would notice, and graphs are traced through it.
-        channels = (self.grid[1] * self.cell_shape[0], self.grid[2] * self.cell_shape[1])
-        one_by_one = self.groups == 1 and all(k == 1 for k in self.kernel_size)
-        object.__setattr__(self, 'kernel_shape', (*channels, *self.kernel_size))
-        object.__setattr__(self, 'is_pointwise', one_by_one and not any(self.padding))
 
     @classmethod
     def of(
@@ -76,6 +65,16 @@ class ConvSpec:
         elif isinstance(padding, str):
             raise ValueError(f"padding={padding!r} is not known; give numbers of pixels, 'same' or 'valid'.")
         return cls(grid, tuple(cell_shape), kernel_size, stride, padding, dilation, groups, end_padding)
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """``(O, I / groups, *kernel_size)``."""
+        return (self.grid[1] * self.cell_shape[0], self.grid[2] * self.cell_shape[1], *self.kernel_size)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether the convolution only mixes channels: one group, no window, no padding."""
+        return self.groups == 1 and all(k == 1 for k in self.kernel_size) and not any(self.padding)
 
     @property
     def layout(self) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ timm's names; ConvNeXt's output norms are ``backbone.norm0`` to ``backbone.norm3
 and MobileNetV2 detectors carry an unused classifier, which is kept apart so that nothing is lost on the way back.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -20,12 +21,21 @@ from .exact import (
     to_timm_exact,
 )
 
-__all__ = ['Detector', 'detector_to_ours', 'detector_to_reference', 'export_backbone', 'is_detector']
+__all__ = [
+    'OUT_NORM',
+    'Detector',
+    'backbone_part',
+    'detector_to_ours',
+    'detector_to_reference',
+    'export_backbone',
+    'is_detector',
+]
 
 _BACKBONE = 'backbone.'
 _OURS = 'backbone.model.'
 _CLASSIFIERS = ('fc.', 'classifier.', 'head.')
 _OUT_NORMS = tuple(f'norm{i}.' for i in range(4))
+OUT_NORM = re.compile(r'norm\d\.')
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,41 @@ def is_detector(state_dict: Mapping[str, torch.Tensor]) -> bool:
     return any(key.startswith(_BACKBONE) for key in state_dict) and any(
         key.startswith('rpn_head.') for key in state_dict
     )
+
+
+def backbone_part(
+    state_dict: dict[str, torch.Tensor], prefix: str | None = None, source: str = 'given'
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of the backbone in a detector's weights, without what their names begin with.
+
+    Args:
+        state_dict: Weights of a detector, of its backbone alone, or of a classification network.
+        prefix: What the names begin with, with or without the last dot. None looks for ``backbone.``.
+        source: Where the weights come from, for the message.
+
+    Returns:
+        The backbone's tensors; ``state_dict`` itself if there is no prefix and no backbone.
+
+    Raises:
+        ValueError: If no name begins with the prefix.
+    """
+    if prefix:
+        wanted = prefix if prefix.endswith('.') else f'{prefix}.'
+        part = _part(state_dict, wanted)
+        if not part:
+            heads = sorted({key.partition('.')[0] for key in state_dict})
+            raise ValueError(
+                f"No tensor of the weights '{source}' has a name that begins with prefix='{wanted}'; theirs begin with "
+                f'{", ".join(heads[:6])}{", ..." if len(heads) > 6 else ""}. Give the one before the backbone, or none.'
+            )
+        return part
+    if any(key.startswith(_BACKBONE) for key in state_dict):
+        return _part(state_dict, _BACKBONE)
+    if any(key.startswith('model.') for key in state_dict) and all(
+        key.startswith('model.') or OUT_NORM.match(key) for key in state_dict
+    ):
+        return dict(state_dict)  # A KWBackbone's own.
+    return state_dict
 
 
 def detector_to_ours(

@@ -16,6 +16,8 @@ from typing import Any
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import resolve_pretrained_cfg
 
+from .reach import unreachable
+
 __all__ = [
     'DamagedWeightsError',
     'WeightsNotFoundError',
@@ -171,7 +173,8 @@ def sha256_of(file: Path, progress: Callable[[int], Any] | None = None) -> str:
 def hub_file(repository: str, filename: str, revision: str | None, cache_dir: str | Path | None = None) -> Path:
     """Download a file from the Hub through its client and cache, and compare large files with their published sha256.
 
-    What the client does not retry (the Hub busy, 429 and 5xx) is tried again, a few times.
+    What the client does not retry (the Hub busy, 429 and 5xx) is tried again, a few times. Where the Hub does not
+    answer at all, which the client would try for minutes, the cache is asked alone.
 
     Args:
         repository: ``'organisation/name'``.
@@ -183,15 +186,23 @@ def hub_file(repository: str, filename: str, revision: str | None, cache_dir: st
         WeightsNotFoundError: If it cannot be had; the message says why and what to do.
         DamagedWeightsError: If what arrived is not what was published. It is removed from the cache.
     """
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import constants, errors, hf_hub_download
 
     # The client's own transport errors, whichever HTTP library it is built on.
     http_error: type[Exception] = getattr(errors, 'HTTPError', OSError)
+    cache_alone = constants.is_offline_mode() or unreachable(constants.ENDPOINT) is not None
 
     for attempt in range(RETRIES + 1):
         try:
             path = Path(
-                hf_hub_download(repository, filename, revision=revision, cache_dir=cache_dir, library_name='kw_timm')
+                hf_hub_download(
+                    repository,
+                    filename,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    local_files_only=cache_alone,
+                    library_name='kw_timm',
+                )
             )
             break
         except Exception as error:

@@ -13,8 +13,10 @@ GENERATION = int(mmdet.__version__.partition('.')[0])
 
 if GENERATION == 2:
     from .mmdet2 import *  # noqa: F403
+    from .mmdet2_bridges import apply as apply_bridges
 else:
     from .mmdet3 import *  # noqa: F403
+    from .mmdet3_bridges import apply as apply_bridges  # noqa: F401
 
 
 def trust_checkpoints() -> None:

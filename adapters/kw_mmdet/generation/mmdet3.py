@@ -1,8 +1,12 @@
 """MMDetection 3.x with mmcv 2 and mmengine."""
 
-from collections.abc import Mapping
+import argparse
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from mmdet.apis.inference import inference_detector, init_detector
 from mmengine.config import Config, DictAction
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hooks import Hook
@@ -10,13 +14,12 @@ from mmengine.model import BaseModule
 from mmengine.optim import DefaultOptimWrapperConstructor as DefaultOptimizerConstructor
 
 # Of mmengine rather than of mmdet: all scopes look there, MMDetection's and those of what is built on it.
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, init_default_scope
 from mmengine.registry import MODELS as BACKBONES
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as OPTIM_CONSTRUCTORS
 
 __all__ = [
     'BACKBONES',
-    'CLASSES_KEY',
     'HOOKS',
     'OPTIM_CONSTRUCTORS',
     'BaseModule',
@@ -24,28 +27,70 @@ __all__ = [
     'DefaultOptimizerConstructor',
     'DictAction',
     'Hook',
-    'dataset_classes',
-    'dataset_key',
+    'build',
+    'detect',
+    'schedule',
     'steps_per_epoch',
+    'translate_options',
+    'untrained_detector',
 ]
-
-# Where a data set's config names its classes.
-CLASSES_KEY = 'metainfo.classes'
 
 # For configs that inherit by `_base_ = 'kw_mmdet::...'`; mmengine has no public way to add a package.
 MODULE2PACKAGE['kw_mmdet'] = 'kw_mmdet'
 
 
-def dataset_key(split: str) -> str:
-    """Return the dotted key of a config under which the data set of ``'train'``, ``'val'`` or ``'test'`` is."""
-    return f'{split}_dataloader.dataset'
-
-
-def dataset_classes(dataset: Mapping[str, Any]) -> Any:
-    """Return the classes that a data set's config names: a sequence, or None."""
-    return (dataset.get('metainfo') or {}).get('classes')
-
-
 def steps_per_epoch(runner: Any) -> int:
     """Return how many steps a training epoch has."""
     return len(runner.train_dataloader)
+
+
+def translate_options(arguments: Sequence[str]) -> list[str]:
+    """Return MMDetection's own arguments for those of our commands, which are those of MMDetection 2.x too."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('--eval', nargs='+')
+    parser.add_argument('--auto-resume', action='store_true')
+    parser.add_argument('--resume-from')
+    parser.add_argument('--seed', type=int)
+    known, others = parser.parse_known_args(arguments)
+    if known.eval:
+        others += ['--cfg-options', f'test_evaluator.metric=[{",".join(known.eval)}]']
+    if known.seed is not None:
+        others += ['--cfg-options', f'randomness.seed={known.seed}']
+    if known.resume_from:
+        others += ['--resume', known.resume_from]
+    elif known.auto_resume:
+        others += ['--resume']
+    return others
+
+
+def build(config: Config) -> Any:
+    """Return a config's detector with random weights."""
+    init_default_scope(config.get('default_scope') or 'mmdet')
+    return BACKBONES.build(config.model)
+
+
+def untrained_detector(config: Config, device: str) -> Any:
+    """Return a config's detector, ready for :func:`detect` but for its weights."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of the class names, which are not its to know
+        return init_detector(config, palette='random', device=device)
+
+
+def detect(model: Any, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return boxes ``(N, 4)``, scores, labels and masks (``(N, height, width)`` or None) of an image, BGR."""
+    found = inference_detector(model, image).pred_instances.numpy()
+    return found.bboxes, found.scores, found.labels, found.masks if 'masks' in found else None
+
+
+def schedule(config: Config) -> dict[str, str]:
+    """Return how a config trains, for reading."""
+    length = config.train_cfg
+    wrapper = {key: value for key, value in config.optim_wrapper.items() if key != 'optimizer'}
+    return {
+        'length': f'{length.max_epochs} epochs' if 'max_epochs' in length else f'{length.max_iters} iterations',
+        'batch': f'{config.train_dataloader.batch_size} images per process',
+        'optimizer': ', '.join(
+            f'{key}={value}' for key, value in {**config.optim_wrapper.optimizer, **wrapper}.items()
+        ),
+        'learning rate': '; '.join(', '.join(f'{k}={v}' for k, v in part.items()) for part in config.param_scheduler),
+    }

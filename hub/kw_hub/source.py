@@ -1,0 +1,93 @@
+"""Weight files: reading them, and recognising whose weights they hold."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kw_timm.weights import check_weight_file, read_weight_file
+from kw_timm.weights.detectors import Detector, detector_to_ours, is_detector
+from kw_timm.weights.exact import Network, recognise_network, to_timm_exact
+from kw_timm.weights.store import TAG
+from kw_timm.weights.unpickle import EMA_KEYS, load_pickled, select_weights
+
+from .errors import HubError
+
+__all__ = ['UNUSED', 'Recognised', 'Source', 'read_source', 'recognise']
+
+# Where a checkpoint of a detector keeps what the authors' file has beyond it.
+UNUSED = 'reference_unused'
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a weight file holds: a network's weights or a detector's, and where in the file they were."""
+
+    state_dict: dict[str, torch.Tensor]
+    entry: str
+    meta: dict[str, Any]
+    unused: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """Weights that are complete, under this project's names, converted to the last bit.
+
+    Attributes:
+        name: ``'kw4x_resnet50.osvai_in1k'``, ``'kw1x_resnet18.10_classes'``, or the name of a detector's config.
+        network: The network, or the detector's backbone.
+        state_dict: The network's weights, or the whole detector's.
+        detector: The detector, or None.
+    """
+
+    name: str
+    network: Network
+    state_dict: dict[str, torch.Tensor]
+    detector: Detector | None
+
+
+def read_source(file: str | Path, weights: str = 'auto') -> Source:
+    """Read a weight file: the authors', MMDetection's, or one of this project's.
+
+    Args:
+        file: ``torch.save`` file or safetensors.
+        weights: ``'ema'`` for averaged weights, ``'model'`` for the others, ``'auto'`` for averaged ones if
+            there are any.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read or holds more than weights.
+        HubError: If averaged weights are asked for and there are none.
+    """
+    path = check_weight_file(file)
+    if path.suffix == '.safetensors':
+        return Source(read_weight_file(path), '', {}, {})
+    checkpoint = load_pickled(path, mmap=True)
+    try:
+        state_dict, entry = select_weights(checkpoint, use_ema=weights != 'model')
+    except ValueError as error:
+        raise HubError(f"'{path}': {error}") from error
+    if weights == 'ema' and entry not in EMA_KEYS:
+        raise HubError(
+            f"'{path}' has no averaged (EMA) weights; it has '{entry or 'a bare state dict'}'. Use --weights auto."
+        )
+    if weights == 'model' and entry in EMA_KEYS:
+        raise HubError(f"'{path}' has averaged (EMA) weights only. Use --weights auto.")
+    meta = checkpoint.get('meta') if entry == 'state_dict' else None
+    unused = checkpoint.get(UNUSED) if entry == 'state_dict' else None
+    return Source(state_dict, entry, meta if isinstance(meta, dict) else {}, unused or {})
+
+
+def recognise(source: Source) -> Recognised:
+    """Tell from keys and shapes whether weights are a detector's or a network's and which one's, and convert them.
+
+    Raises:
+        ValueError: If they are not recognised, not complete, or would not convert exactly.
+    """
+    if is_detector(source.state_dict):
+        detector = detector_to_ours(source.state_dict, source.unused)
+        return Recognised(detector.name, detector.backbone, detector.state_dict, detector)
+    network = recognise_network(source.state_dict)
+    tag = TAG if not network.model_args else f'{network.num_classes}_classes'
+    return Recognised(f'{network.name}.{tag}', network, to_timm_exact(source.state_dict, network), None)
