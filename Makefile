@@ -26,7 +26,7 @@ demo: $(READY)
 endif
 
 test: $(READY) $(READY3)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY) $(READY3)
 	$(BIN)/python -m pytest -m slow

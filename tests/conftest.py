@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest, so that two processes end together."""
-    longest = ('test_tools.py', 'test_golden.py', 'test_configs.py')
+    longest = ('test_tools.py', 'test_golden.py', 'test_distributed.py', 'test_generations.py', 'test_configs.py')
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
