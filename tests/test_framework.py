@@ -1,4 +1,4 @@
-"""What the installed generation of MMDetection does with our package: its checkpoints, and configs that inherit ours."""
+"""The installed generation of MMDetection with our package: its checkpoints, and configs that inherit ours."""
 
 import logging
 import pickle

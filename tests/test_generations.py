@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from kw_timm.benchmark.networks import settle
+
+from kw_timm.random_weights import settle
 
 pytest.importorskip('mmdet', reason='needs MMDetection')
 import mmdet_forms
