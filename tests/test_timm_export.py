@@ -42,7 +42,7 @@ def test_compile_training():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('name', SMALLEST)
+@pytest.mark.parametrize('name', RESNET_QUICKLY)
 def test_compile(name):
     """A whole network is one graph; lowered, but run by torch's own kernels, which takes seconds."""
     model, x = network(name).double(), images().double()
