@@ -11,7 +11,7 @@ import torch
 pytest.importorskip('mmdet', reason='needs MMDetection')
 import kw_mmdet
 from kw_mmdet.generation import GENERATION, Config
-from mmdet_forms import Recorder, build_detector
+from mmdet_forms import Recorder, build_detector, load_checkpoint
 from torch.utils.data import DataLoader
 
 from kw_timm.weights.unpickle import RefusedFileError, load_pickled
@@ -86,7 +86,7 @@ class Payload:
 def test_other_methods_are_refused(tmp_path, arguments):
     torch.save({'state_dict': {'a': torch.ones(1)}, 'meta': Payload(*arguments)}, tmp_path / 'x.pth')
     with pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / 'x.pth')
+        load_checkpoint(torch.nn.Linear(1, 1), str(tmp_path / 'x.pth'), map_location='cpu')
     with pytest.raises(RefusedFileError, match='nothing of it was run'):
         load_pickled(tmp_path / 'x.pth')
 

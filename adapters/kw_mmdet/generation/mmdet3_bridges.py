@@ -1,9 +1,10 @@
-"""What mmengine lacks for several processes on CPUs. Each bridge does nothing where nothing is missing."""
+"""What mmengine lacks, mostly for several processes on CPUs. Each bridge does nothing where nothing is missing."""
 
 import functools
 from typing import Any
 
 import mmengine.dist.utils as mmengine_dist
+import mmengine.runner.checkpoint as mmengine_checkpoint
 import torch
 from mmengine.device import get_device
 from mmengine.model import MMDistributedDataParallel
@@ -15,6 +16,9 @@ __all__ = ['apply']
 
 def apply() -> None:
     """Apply the bridges that are needed here. Importing ``kw_mmdet`` runs it; a second time changes nothing."""
+    # onedl-mmengine unpickles whatever it may not; and the list that it allows goes afterwards, ours with it.
+    if hasattr(mmengine_checkpoint, '_safe_torch_load'):
+        mmengine_checkpoint._safe_torch_load = functools.partial(torch.load, weights_only=True)
     if get_device() == 'cpu':
         start_on_cpus(mmengine_dist)
         _wrap_on_cpus()
