@@ -14,7 +14,7 @@ READY_FULL := $(VENV_FULL)/.ready
 
 # What holds under either generation of MMDetection, run again under 3.x.
 DETECTION := $(addprefix tests/test_,framework.py mmdet_backbone.py detection_golden.py mmdet_checks.py \
-	mmdet_temperature.py mmengine_temperature.py)
+	mmdet_temperature.py mmengine_temperature.py tools.py)
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-slow test-mmcv-full lint setup setup3 clean
@@ -31,10 +31,11 @@ endif
 
 test: $(READY) $(READY3)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-	$(VENV3)/bin/python -m pytest -n 2 --dist loadfile $(DETECTION)
+	$(VENV3)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(DETECTION) -k 'not demo_end_to_end'
 
 test-slow: $(READY) $(READY3)
 	$(BIN)/python -m pytest -m slow
+	$(VENV3)/bin/python -m pytest tests/test_tools.py -k demo_end_to_end
 
 # Detection with compiled mmcv; compiles it, once.
 test-mmcv-full: $(READY_FULL)

@@ -1,4 +1,7 @@
-"""The commands run from a checkout: draw data, train, resume, test, draw. Real programs on a tiny data set."""
+"""The commands run from a checkout: draw data, train, resume, test, draw. Real programs on a tiny data set.
+
+Under either generation of MMDetection: options are those of 2.x, which 3.x is given in its own words.
+"""
 
 import json
 import os
@@ -17,11 +20,18 @@ import torch
 from PIL import Image
 
 pytest.importorskip('mmdet', reason='needs MMDetection')
+from demo import overridden
 from kw_mmdet.cli import main
+from kw_mmdet.generation import GENERATION
 from kw_mmdet.predict import read_image
 
 ROOT = Path(__file__).parent.parent
 CONFIG = 'configs/shapes/mask_rcnn_kw1x_mobilenetv2_050_fpn_shapes.py'
+# What the tests set, by the names of each generation.
+TRAIN_DATA = 'data.train' if GENERATION == 2 else 'train_dataloader.dataset'
+BATCH = 'data.samples_per_gpu' if GENERATION == 2 else 'train_dataloader.batch_size'
+HALF = 'fp16.loss_scale=512.' if GENERATION == 2 else 'optim_wrapper.type=AmpOptimWrapper'
+LOG_INTERVAL = 'log_config.interval' if GENERATION == 2 else 'default_hooks.logger.interval'
 
 
 def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -37,15 +47,15 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+def cfg_options(data: Path, epochs: int = 1, **others: int) -> list[str]:
+    """Return options that name the data and the length of the training; evaluated after every epoch."""
+    values = overridden(data, epochs, evaluate_every=1) | {LOG_INTERVAL: 1, BATCH: 2} | others
+    return ['--cfg-options', *(f'{key}={value}' for key, value in values.items())]
+
+
 @pytest.fixture(scope='module')
 def options(data) -> list[str]:
-    paths = [f'data.{split}.img_prefix={data / folder}/' for split, folder in (('train', 'train'), ('test', 'val'))]
-    paths += [
-        f'data.{split}.ann_file={data}/annotations/{folder}.json'
-        for split, folder in (('train', 'train'), ('test', 'val'))
-    ]
-    paths += [f'data.val.ann_file={data}/annotations/val.json', f'data.val.img_prefix={data}/val/']
-    return ['--cfg-options', *paths, 'log_config.interval=1', 'data.samples_per_gpu=2']
+    return cfg_options(data)
 
 
 def command(name: str, *arguments: str | Path) -> list[str]:
@@ -58,40 +68,53 @@ def children(pid: int) -> list[int]:
 
 def start(*command: str | Path, **environment: str) -> subprocess.Popen[str]:
     env = {**os.environ, 'PYTHON': sys.executable, **environment}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def newest_epoch(work: Path) -> int:
+    return max(int(path.stem.removeprefix('epoch_')) for path in work.glob('epoch_*.pth'))
 
 
 @pytest.fixture(scope='module')
-def trained(options, tmp_path_factory) -> Path:
-    """Train two processes, end one of them after an epoch and its evaluation, resume on two machines of one process."""
+def trained(data, tmp_path_factory) -> Path:
+    """Train two processes, break off after an epoch and its evaluation, resume on two machines of one process.
+
+    Broken off by the end of one process, under 3.x as a terminal does it: all of them hear the signal.
+    """
     work = tmp_path_factory.mktemp('run')
-    options = [*options, 'evaluation.interval=1', 'data.samples_per_gpu=1']
-    first = start(*command('train', CONFIG, '2', '--work-dir', work, *options, 'runner.max_epochs=99'))
+    options = cfg_options(data, 99, **{BATCH: 1})
+    first = start(*command('train', CONFIG, '2', '--work-dir', work, '--seed', '1', *options))
     lines: list[str] = []
     for line in first.stdout:
         lines.append(line)
-        if 'Epoch(val) [1]' in line:
+        if 'Epoch(val) [1]' in line and 'segm_mAP_50' in line:
             (torchrun,) = children(first.pid)
-            os.kill(children(torchrun)[0], signal.SIGTERM)
+            if GENERATION == 2:
+                os.kill(children(torchrun)[0], signal.SIGTERM)
+            else:
+                os.killpg(first.pid, signal.SIGINT)
     text = ''.join(lines)
     assert first.wait() not in (0, None), text
-    assert 'Epoch [1][3/3]' in text, text
-    assert 'Epoch(val) [1][2]' in text, text
-    assert 'segm_mAP_50' in text
+    assert re.search(r'Epoch(\(train\) *)? \[1\]\[3/3\]', text), text
+    assert re.search(r'Epoch\(val\) \[1\]\[2(/2)?\].*bbox_mAP', text), text
     assert (work / 'epoch_1.pth').is_file()
 
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         machines = dict(NNODES='2', PORT=str(probe.getsockname()[1]))
-    epochs = 1 + int(torch.load(work / 'latest.pth', weights_only=True)['meta']['epoch'])
-    resume = command('train', CONFIG, '1', '--work-dir', work, '--auto-resume', *options, f'runner.max_epochs={epochs}')
+    done = newest_epoch(work)
+    options = cfg_options(data, done + 1, **{BATCH: 1})
+    resume = command('train', CONFIG, '1', '--work-dir', work, '--auto-resume', *options)
     both = [start(*resume, **machines, NODE_RANK=rank) for rank in '01']
     for process in both:
         output, _ = process.communicate(timeout=280)
         assert process.returncode == 0, output
-        text = output if 'resumed epoch' in output else text
-    assert f'resumed epoch {epochs - 1}, iter {3 * epochs - 3}' in text
-    return work / f'epoch_{epochs}.pth'
+        text = output if 'resumed epoch' in output.lower() else text
+    assert re.search(f'resumed epoch:? {done}, iter:? {3 * done}', text.lower()), text
+    assert newest_epoch(work) == done + 1
+    return work / f'epoch_{done + 1}.pth'
 
 
 def test_drawn_data_is_coco_and_repeatable(data, tmp_path):
@@ -120,26 +143,47 @@ def test_training_writes_checkpoints(trained):
     assert not any('assignment' in key for key in checkpoint['state_dict'])
 
 
+def measured(work: Path) -> dict[str, float]:
+    """Return what a test program measured, without the times that it took."""
+    if GENERATION == 2:
+        return json.loads(next(work.glob('eval_*.json')).read_text())['metric']
+    metric = json.loads(next(work.glob('*/*.json')).read_text())
+    return {key.removeprefix('coco/'): value for key, value in metric.items() if not key.endswith('time')}
+
+
+def detections(file: Path) -> list[dict[str, list]]:
+    """Return per image what ``--out`` wrote: boxes (with scores and classes) and masks."""
+    found = pickle.loads(file.read_bytes())
+    if GENERATION == 2:
+        return [dict(boxes=boxes, masks=masks) for boxes, masks in found]
+    found = [image['pred_instances'] for image in found]
+    return [
+        dict(boxes=[one[key].numpy() for key in ('bboxes', 'scores', 'labels')], masks=one['masks']) for one in found
+    ]
+
+
 def test_two_processes_test_as_one_does_which_also_draws(trained, options, tmp_path):
     metrics, found = [], []
+    # 3.x shows in a window what it draws.
+    show = ['--show'] if GENERATION == 2 else []
     for processes, drawing in (
         ('2', []),
-        ('1', ['--show', '--show-dir', tmp_path / 'drawn', '--show-score-thr', '0.0']),
+        ('1', [*show, '--show-dir', tmp_path / 'drawn', '--show-score-thr', '0.0']),
     ):
         work = tmp_path / processes
         evaluate = ['--eval', 'bbox', 'segm', '--work-dir', work, '--out', tmp_path / f'{processes}.pkl', *drawing]
         done = run(*command('test', CONFIG, trained, processes, *evaluate, *options))
         assert done.returncode == 0, done.stdout + done.stderr
-        metrics.append(json.loads(next(work.glob('eval_*.json')).read_text())['metric'])
-        found.append(pickle.loads((tmp_path / f'{processes}.pkl').read_bytes()))
+        metrics.append(measured(work))
+        found.append(detections(tmp_path / f'{processes}.pkl'))
     assert {'bbox_mAP', 'bbox_mAP_50', 'segm_mAP', 'segm_mAP_50'} <= metrics[0].keys()
     assert metrics[0] == metrics[1]
     assert len(found[0]) == len(found[1]) == 3
-    assert sum(len(boxes) for image in found[0] for boxes in image[0]) > 0
+    assert sum(len(boxes) for image in found[0] for boxes in image['boxes']) > 0
     for two, one in zip(*found, strict=True):
-        for boxes, expected in zip(two[0], one[0], strict=True):
+        for boxes, expected in zip(two['boxes'], one['boxes'], strict=True):
             assert np.array_equal(boxes, expected)
-        assert two[1] == one[1]
+        assert two['masks'] == one['masks']
     assert len(sorted((tmp_path / 'drawn').rglob('*.png'))) == 3
 
 
@@ -239,8 +283,9 @@ def test_info_says_what_a_config_stands_for(capsys):
         (['train', CONFIG, '--processes', '0'], 'GPUS) must be a positive number'),
         (['test', CONFIG, 'nowhere.pth', '--eval', 'bbox'], "no checkpoint 'nowhere.pth'"),
         (['train', CONFIG, '--cfg-options', 'model.neck.in_channels=[1,2,3,4]'], 'Neck and backbone disagree'),
-        (['train', CONFIG, '--cfg-options', 'data.train.ann_file=nowhere.json'], 'no annotation file'),
+        (['train', CONFIG, '--cfg-options', f'{TRAIN_DATA}.ann_file=nowhere.json'], 'no annotation file'),
         (['train', CONFIG, '--cfg-options', 'oops'], 'takes KEY=VALUE'),
+        (['train', CONFIG, '--cfg-options', HALF], 'Half precision'),
         (['predict', 'nowhere', '--config', CONFIG, '--checkpoint', 'nowhere.pth'], "no image or folder 'nowhere'"),
         (['info', 'nowhere'], "no config 'nowhere'"),
     ],
@@ -270,7 +315,12 @@ def test_a_script_passes_errors_on():
 
 def test_annotations_without_the_named_classes(options, tmp_path, capsys):
     config = tmp_path / 'config.py'
-    config.write_text(f"_base_ = '{ROOT / CONFIG}'\ndata = dict(train=dict(classes=('circle', 'square', 'hexagon')))\n")
+    classes = "('circle', 'square', 'hexagon')"
+    if GENERATION == 2:
+        changed = f'data = dict(train=dict(classes={classes}))'
+    else:
+        changed = f'train_dataloader = dict(dataset=dict(metainfo=dict(classes={classes})))'
+    config.write_text(f"_base_ = '{ROOT / CONFIG}'\n{changed}\n")
     assert main(['train', str(config), *options]) == 2
     assert 'has no class named hexagon; it has circle, square, triangle' in capsys.readouterr().err
 

@@ -26,6 +26,7 @@ from make_shapes import make_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / 'configs/shapes/mask_rcnn_kw1x_mobilenetv2_050_fpn_shapes.py'
+DRAWN = 0.7  # score from which detections are drawn
 ENLARGED = 3  # factor at which detections are drawn, for legible labels
 METRICS = {'mAP': 'AP', 'mAP_50': 'AP50', 'mAP_75': 'AP75'}
 
@@ -51,11 +52,12 @@ class Clock:
         return f'{parts}: {self.last - self.began:.0f} s in all'
 
 
-def overridden(data: Path, epochs: int) -> dict[str, Any]:
-    """Return what is changed in the config: where the data are, how long the training is, no evaluation before its end.
+def overridden(data: Path, epochs: int, evaluate_every: int | None = None) -> dict[str, Any]:
+    """Return what is changed in the config: where the data are, how long the training is, when it is evaluated.
 
-    Keys are dotted, as in ``--cfg-options``.
+    Keys are dotted, as in ``--cfg-options``; ``evaluate_every`` counts epochs, None: not before the end.
     """
+    interval = evaluate_every or epochs + 1
     changed: dict[str, Any] = {}
     for split, folder in (('train', 'train'), ('val', 'val'), ('test', 'val')):
         key = f'data.{split}' if GENERATION == 2 else f'{split}_dataloader.dataset'
@@ -65,8 +67,8 @@ def overridden(data: Path, epochs: int) -> dict[str, Any]:
         if GENERATION > 2 and split != 'train':
             changed[f'{split}_evaluator.ann_file'] = file
     if GENERATION == 2:
-        return changed | {'runner.max_epochs': epochs, 'evaluation.interval': epochs + 1}
-    return changed | {'train_cfg.max_epochs': epochs, 'train_cfg.val_interval': epochs + 1}
+        return changed | {'runner.max_epochs': epochs, 'evaluation.interval': interval}
+    return changed | {'train_cfg.max_epochs': epochs, 'train_cfg.val_interval': interval}
 
 
 def max_epochs(config: Any) -> int:
@@ -138,7 +140,7 @@ def draw(checkpoint: Path, data: Path, picture: Path, options: dict[str, Any], c
     for path in sorted((data / 'val').glob('*.png'))[:count]:
         image = read_image(path)
         large = cv2.resize(image, None, fx=ENLARGED, fy=ENLARGED, interpolation=cv2.INTER_CUBIC)
-        tiles.append(draw_found(large, detector(image).above(0.5).enlarged(ENLARGED), detector.names))
+        tiles.append(draw_found(large, detector(image).above(DRAWN).enlarged(ENLARGED), detector.names))
     columns = 4
     rows = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles) - columns + 1, columns)]
     write_image(picture, np.vstack(rows))

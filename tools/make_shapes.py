@@ -43,7 +43,7 @@ def draw_image(rng: np.random.RandomState, size: int) -> tuple[np.ndarray, list[
     for _ in range(50):
         if len(shapes) == wanted:
             break
-        radius = rng.uniform(0.06, 0.18) * size
+        radius = rng.uniform(0.08, 0.2) * size
         x, y = rng.uniform(radius + 1, size - radius - 1, size=2)
         if any(np.hypot(x - a, y - b) < 0.9 * (radius + r) for a, b, r in taken):
             continue

@@ -14,7 +14,7 @@ import torch
 
 from .checks import check_config
 from .configs import find_config
-from .generation import GENERATION, Config, DictAction, translate_options
+from .generation import GENERATION, Config, DictAction, get_device, translate_options
 
 __all__ = ['load_config', 'parse_options', 'program_path', 'run_program']
 
@@ -97,7 +97,9 @@ def run_program(name: str, arguments: Sequence[str]) -> int:
         raise FileNotFoundError(f"There is no checkpoint '{args.checkpoint}'.")
     processes = count_processes(known.processes)
     if os.environ.get('RANK', '0') == '0':
-        check_config(load_config(path, args.cfg_options), SPLITS[name])
+        config = load_config(path, args.cfg_options)
+        check_config(config, SPLITS[name])
+        _check_modes(config, args)
     machines = os.environ.get('NNODES', '1')
     if args.launcher != 'none' or (processes == 1 and machines == '1'):
         return _run_here(program, others)
@@ -134,6 +136,21 @@ def count_processes(text: str | None) -> int:
     if visible and int(text) > visible:
         raise ValueError(f'{text} processes, each on a GPU of its own, were asked for, but {visible} GPUs are visible.')
     return int(text)
+
+
+def _check_modes(config: Config, args: argparse.Namespace) -> None:
+    """Raise ValueError for ways to run that MMDetection itself refuses only once everything is loaded."""
+    wrapper = config.get('optim_wrapper') or {}
+    half = config.get('fp16') or getattr(args, 'amp', False) or 'Amp' in str(wrapper.get('type'))
+    if half and get_device() in ('cpu', 'mps'):
+        raise ValueError(
+            'Half precision (fp16, --amp, AmpOptimWrapper) of MMDetection needs a CUDA device or the like, and none is '
+            'there. Leave it out here.'
+        )
+    if getattr(args, 'tta', False) and (config.model.get('roi_head') or {}).get('mask_head'):
+        raise ValueError(
+            'MMDetection 3.x has no test-time augmentation (--tta) of masks. Test without it, or a Faster R-CNN.'
+        )
 
 
 def _program(name: str) -> ModuleType:

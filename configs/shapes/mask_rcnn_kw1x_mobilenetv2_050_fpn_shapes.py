@@ -13,6 +13,6 @@ model = dict(
         mask_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=2)),
         mask_head=dict(num_convs=2, in_channels=64, conv_out_channels=64, num_classes=3),
     ),
-    train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=64))),
+    train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=48))),
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200)),
 )

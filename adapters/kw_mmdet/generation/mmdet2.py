@@ -10,6 +10,7 @@ from mmcv.runner.optimizer import OPTIMIZER_BUILDERS as OPTIM_CONSTRUCTORS
 from mmdet.apis.inference import inference_detector, init_detector
 from mmdet.models import build_detector
 from mmdet.models.builder import BACKBONES
+from mmdet.utils import get_device
 
 __all__ = [
     'BACKBONES',
@@ -22,6 +23,7 @@ __all__ = [
     'Hook',
     'build',
     'detect',
+    'get_device',
     'schedule',
     'steps_per_epoch',
     'translate_options',

@@ -9,6 +9,7 @@ import numpy as np
 from mmdet.apis.inference import inference_detector, init_detector
 from mmengine.config import Config, DictAction
 from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.model import BaseModule
 from mmengine.optim import DefaultOptimWrapperConstructor as DefaultOptimizerConstructor
@@ -29,6 +30,7 @@ __all__ = [
     'Hook',
     'build',
     'detect',
+    'get_device',
     'schedule',
     'steps_per_epoch',
     'translate_options',
@@ -37,6 +39,10 @@ __all__ = [
 
 # For configs that inherit by `_base_ = 'kw_mmdet::...'`; mmengine has no public way to add a package.
 MODULE2PACKAGE['kw_mmdet'] = 'kw_mmdet'
+
+# Options of MMDetection 2.x's programs that are values of the config in 3.x: switches, and ones with a value.
+FLAGS = {'--deterministic': 'randomness.deterministic', '--diff-seed': 'randomness.diff_rank_seed'}
+VALUES = {'--seed': 'randomness.seed', '--show-score-thr': 'default_hooks.visualization.score_thr'}
 
 
 def steps_per_epoch(runner: Any) -> int:
@@ -50,12 +56,21 @@ def translate_options(arguments: Sequence[str]) -> list[str]:
     parser.add_argument('--eval', nargs='+')
     parser.add_argument('--auto-resume', action='store_true')
     parser.add_argument('--resume-from')
-    parser.add_argument('--seed', type=int)
+    parser.add_argument('--no-validate', action='store_true')
+    for option in FLAGS:
+        parser.add_argument(option, action='store_true')
+    for option in VALUES:
+        parser.add_argument(option)
     known, others = parser.parse_known_args(arguments)
+    given = {option: getattr(known, option.removeprefix('--').replace('-', '_')) for option in (*FLAGS, *VALUES)}
+    options = [f'{key}=True' for option, key in FLAGS.items() if given[option]]
+    options += [f'{key}={given[option]}' for option, key in VALUES.items() if given[option] is not None]
     if known.eval:
-        others += ['--cfg-options', f'test_evaluator.metric=[{",".join(known.eval)}]']
-    if known.seed is not None:
-        others += ['--cfg-options', f'randomness.seed={known.seed}']
+        options.append(f'test_evaluator.metric=[{",".join(known.eval)}]')
+    if known.no_validate:
+        options += [f'val_{part}=None' for part in ('cfg', 'dataloader', 'evaluator')]
+    if options:
+        others += ['--cfg-options', *options]
     if known.resume_from:
         others += ['--resume', known.resume_from]
     elif known.auto_resume:

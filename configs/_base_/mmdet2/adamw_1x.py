@@ -6,7 +6,7 @@ optimizer = dict(
     weight_decay={{_base_.schedule.weight_decay}},
     paramwise_cfg=dict(norm_decay_mult={{_base_.schedule.norm_decay_mult}}),
 )
-optimizer_config = dict(grad_clip=None)
+optimizer_config = dict()
 lr_config = dict(
     policy='step',
     warmup='linear',

@@ -42,9 +42,10 @@ data = dict(
     val=held_out,
     test=held_out,
 )
-optimizer = dict(lr={{_base_.shapes.lr}})
+optimizer = dict(lr={{_base_.shapes.lr}}, fused=True)
 lr_config = dict(warmup_iters={{_base_.shapes.warmup_iters}}, step={{_base_.shapes.milestones}})
 runner = dict(max_epochs={{_base_.shapes.epochs}})
 evaluation = dict(interval={{_base_.shapes.epochs}})
 checkpoint_config = dict(max_keep_ckpts={{_base_.shapes.checkpoints}})
 log_config = dict(interval={{_base_.shapes.log_interval}})
+auto_scale_lr = dict(base_batch_size={{_base_.shapes.batch}})

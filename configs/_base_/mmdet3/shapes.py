@@ -34,7 +34,7 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file={{_base_.shapes.val_ann_file}})
 test_evaluator = val_evaluator
-optim_wrapper = dict(optimizer=dict(lr={{_base_.shapes.lr}}))
+optim_wrapper = dict(optimizer=dict(lr={{_base_.shapes.lr}}, fused=True))
 param_scheduler = [
     dict(
         type='LinearLR',
@@ -49,3 +49,4 @@ train_cfg = dict(max_epochs={{_base_.shapes.epochs}}, val_interval={{_base_.shap
 default_hooks = dict(
     logger=dict(interval={{_base_.shapes.log_interval}}), checkpoint=dict(max_keep_ckpts={{_base_.shapes.checkpoints}})
 )
+auto_scale_lr = dict(base_batch_size={{_base_.shapes.batch}})
