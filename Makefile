@@ -11,13 +11,16 @@ VENV3 := .venv3
 READY3 := $(VENV3)/.ready
 VENV_FULL := .venv-full
 READY_FULL := $(VENV_FULL)/.ready
+# And one of its own, as `pip install '.[onedl]'` makes it.
+VENV_ONEDL := .venv-onedl
+READY_ONEDL := $(VENV_ONEDL)/.ready
 
 # What holds under either generation of MMDetection, run again under 3.x.
 DETECTION := $(addprefix tests/test_,framework.py mmdet_backbone.py detection_golden.py mmdet_checks.py \
 	mmdet_temperature.py mmengine_temperature.py tools.py)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-mmcv-full lint setup setup3 clean
+.PHONY: demo test test-slow test-onedl test-mmcv-full lint setup setup3 clean
 
 # So that the demo can say how long set-up took.
 demo: export MAKE_BEGAN := $(shell date +%s)
@@ -40,6 +43,10 @@ test-slow: $(READY) $(READY3)
 # Detection with compiled mmcv; compiles it, once.
 test-mmcv-full: $(READY_FULL)
 	$(VENV_FULL)/bin/python -m pytest -m 'not slow' tests/test_mmcv_operators.py tests/test_mmdet_backbone.py
+
+# Detection with the maintained continuation of MMDetection 3.x.
+test-onedl: $(READY_ONEDL)
+	$(VENV_ONEDL)/bin/python -m pytest -n 2 --dist loadfile $(DETECTION)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -74,5 +81,10 @@ $(READY_FULL): $(READY) tools/overlay.sh tools/mmcv_full.sh
 	bash tools/mmcv_full.sh $(VENV_FULL)/bin/python
 	touch $@
 
+$(READY_ONEDL): pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV_ONEDL)
+	$(VENV_ONEDL)/bin/python -m pip install -e '.[onedl,test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV3) $(VENV_FULL) work_dirs build *.egg-info kw_timm/*.so
+	rm -rf $(VENV) $(VENV3) $(VENV_ONEDL) $(VENV_FULL) work_dirs build *.egg-info kw_timm/*.so

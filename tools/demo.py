@@ -26,7 +26,7 @@ from make_shapes import make_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / 'configs/shapes/mask_rcnn_kw1x_mobilenetv2_050_fpn_shapes.py'
-DRAWN = 0.7  # score from which detections are drawn
+DRAWN = 0.5  # score from which detections are drawn; of boxes on one object, whose overlap is larger, the best
 ENLARGED = 3  # factor at which detections are drawn, for legible labels
 METRICS = {'mAP': 'AP', 'mAP_50': 'AP50', 'mAP_75': 'AP75'}
 
@@ -140,7 +140,8 @@ def draw(checkpoint: Path, data: Path, picture: Path, options: dict[str, Any], c
     for path in sorted((data / 'val').glob('*.png'))[:count]:
         image = read_image(path)
         large = cv2.resize(image, None, fx=ENLARGED, fy=ENLARGED, interpolation=cv2.INTER_CUBIC)
-        tiles.append(draw_found(large, detector(image).above(DRAWN).enlarged(ENLARGED), detector.names))
+        found = detector(image).above(DRAWN).apart(DRAWN)
+        tiles.append(draw_found(large, found.enlarged(ENLARGED), detector.names))
     columns = 4
     rows = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles) - columns + 1, columns)]
     write_image(picture, np.vstack(rows))

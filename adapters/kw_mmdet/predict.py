@@ -15,6 +15,7 @@ from mmdet.apis.inference import get_classes
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as coco_masks
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.ops import nms
 from tqdm import tqdm
 
 from kw_timm.files import new_file
@@ -43,7 +44,14 @@ class Detections(NamedTuple):
 
     def above(self, score: float) -> 'Detections':
         """Return those of at least this score."""
-        kept = self.scores >= score
+        return self._these(self.scores >= score)
+
+    def apart(self, overlap: float) -> 'Detections':
+        """Return the best of those whose boxes' intersection over union is larger, whatever their classes."""
+        kept = nms(torch.as_tensor(self.boxes), torch.as_tensor(self.scores), overlap).numpy()
+        return self._these(kept)
+
+    def _these(self, kept: np.ndarray) -> 'Detections':
         masks = None if self.masks is None else self.masks[kept]
         return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], masks)
 
