@@ -8,9 +8,12 @@ import torch
 
 from kw_timm.weights import check_weight_file, read_weight_file
 from kw_timm.weights.detectors import Detector, detector_to_ours, is_detector
-from kw_timm.weights.exact import Network, recognise_network, to_timm_exact
+from kw_timm.weights.entries import EMA_KEYS, select_weights
+from kw_timm.weights.exact import Network, network_part, recognise_network, to_timm_exact
+from kw_timm.weights.files import is_safetensors
+from kw_timm.weights.sound import check_finite, check_kinds, check_stored
 from kw_timm.weights.store import TAG
-from kw_timm.weights.unpickle import EMA_KEYS, load_pickled, select_weights
+from kw_timm.weights.unpickle import load_pickled
 
 from .errors import HubError
 
@@ -24,6 +27,7 @@ UNUSED = 'reference_unused'
 class Source:
     """What a weight file holds: a network's weights or a detector's, and where in the file they were."""
 
+    file: Path
     state_dict: dict[str, torch.Tensor]
     entry: str
     meta: dict[str, Any]
@@ -61,11 +65,12 @@ def read_source(file: str | Path, weights: str = 'auto') -> Source:
         HubError: If averaged weights are asked for and there are none.
     """
     path = check_weight_file(file)
-    if path.suffix == '.safetensors':
-        return Source(read_weight_file(path), '', {}, {})
+    if is_safetensors(path) or path.suffix == '.json':
+        return Source(path, read_weight_file(path), '', {}, {})
     checkpoint = load_pickled(path, mmap=True)
     try:
         state_dict, entry = select_weights(checkpoint, use_ema=weights != 'model')
+        check_stored(state_dict)
     except ValueError as error:
         raise HubError(f"'{path}': {error}") from error
     if weights == 'ema' and entry not in EMA_KEYS:
@@ -76,18 +81,31 @@ def read_source(file: str | Path, weights: str = 'auto') -> Source:
         raise HubError(f"'{path}' has averaged (EMA) weights only. Use --weights auto.")
     meta = checkpoint.get('meta') if entry == 'state_dict' else None
     unused = checkpoint.get(UNUSED) if entry == 'state_dict' else None
-    return Source(state_dict, entry, meta if isinstance(meta, dict) else {}, unused or {})
+    unused = {k: v for k, v in unused.items() if isinstance(v, torch.Tensor)} if isinstance(unused, dict) else {}
+    return Source(path, state_dict, entry, meta if isinstance(meta, dict) else {}, unused)
 
 
 def recognise(source: Source) -> Recognised:
     """Tell from keys and shapes whether weights are a detector's or a network's and which one's, and convert them.
 
     Raises:
-        ValueError: If they are not recognised, not complete, or would not convert exactly.
+        ValueError: If they are not recognised, not complete, not finite, or would not convert exactly.
     """
+    try:
+        return _recognise(source)
+    except ValueError as error:
+        raise ValueError(f"'{source.file}' is not what it should be. {error}") from error
+
+
+def _recognise(source: Source) -> Recognised:
+    check_kinds(source.state_dict)
     if is_detector(source.state_dict):
         detector = detector_to_ours(source.state_dict, source.unused)
+        check_finite(detector.state_dict)
         return Recognised(detector.name, detector.backbone, detector.state_dict, detector)
-    network = recognise_network(source.state_dict)
+    state_dict = network_part(source.state_dict)
+    network = recognise_network(state_dict)
+    converted = to_timm_exact(state_dict, network)
+    check_finite(converted)
     tag = TAG if not network.model_args else f'{network.num_classes}_classes'
-    return Recognised(f'{network.name}.{tag}', network, to_timm_exact(source.state_dict, network), None)
+    return Recognised(f'{network.name}.{tag}', network, converted, None)

@@ -10,7 +10,10 @@ from timm.models._features_fx import FeatureGraphNet
 from torch import nn
 
 from ..kernelize import drop_unused_warehouses
-from ..weights import read_weight_file, to_timm_state_dict
+from ..layers.attention import KWAttention
+from ..weights import WeightsMismatchError, read_weight_file, to_timm_state_dict, unwrap_weights
+from ..weights.load import fit_state_dict
+from ..weights.sound import check_kinds
 from ..weights.store import HUB_ORGANISATION, pretrained_source
 
 __all__ = ['KWNetwork', 'build_kw_model', 'kw_cfg', 'kw_default_cfgs']
@@ -36,10 +39,10 @@ class KWNetwork(nn.Module):
         return kept
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights under this package's names or the reference's.
+        """Load weights under this package's names or the reference's, all of them or a part.
 
         Args:
-            state_dict: Weights; ``warehouse_manager.weights.*`` marks the reference's names.
+            state_dict: Weights.
             strict: Require that keys match exactly.
             assign: See ``nn.Module.load_state_dict``.
 
@@ -47,15 +50,31 @@ class KWNetwork(nn.Module):
             Missing and unexpected keys.
 
         Raises:
-            ValueError: If the weights are another variant's; the message names both.
+            WeightsMismatchError: If the weights are another variant's (the message names both), or their names begin
+                otherwise (it says with what, and what to write); a ``ValueError`` and a ``RuntimeError``.
+            RuntimeError: As ``nn.Module.load_state_dict``.
         """
-        return super().load_state_dict(to_timm_state_dict(state_dict, self, strict), strict, assign)
+        if isinstance(state_dict, Mapping):
+            state_dict = fit_state_dict(state_dict, self, strict)
+        result = super().load_state_dict(state_dict, strict, assign)
+        self._renew_assignments()
+        return result
+
+    def _renew_assignments(self) -> None:
+        """Fill what no weight file holds and a network from the meta device or of ``to_empty`` does not have."""
+        for module in self.modules():
+            if isinstance(module, KWAttention):
+                device = module.fc2.weight.device
+                if module.assignment.device != device:
+                    module.assignment = torch.empty_like(module.assignment, device=device)
+                module.init_non_persistent_buffers()
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: KWNetwork) -> dict[str, torch.Tensor]:
     """Give weights this package's names, and fit a KW stem to the model's input channels."""
-    state_dict = to_timm_state_dict(state_dict, model)
     own = model.state_dict()
+    state_dict = to_timm_state_dict(unwrap_weights(state_dict, model), model)
+    check_kinds(state_dict, own)
     for key in ('warehouses.stem.weight', 'conv_stem.attention.fc1.weight', 'stem.0.attention.fc1.weight'):
         if key in state_dict and key in own and state_dict[key].shape != own[key].shape:
             state_dict[key] = _adapt_channels(state_dict[key], own[key].shape)
@@ -113,10 +132,13 @@ def build_kw_model(
             feature_cfg=dict(out_indices=tuple(feature_levels), feature_cls='getter'),
             **kwargs,
         )
-    except Exception:
+    except Exception as error:
         weight_file = (kwargs.get('pretrained_cfg_overlay') or {}).get('file')
         if pretrained and weight_file:
             read_weight_file(weight_file)  # If the file is what is wrong, this says so; timm names no file.
+            if isinstance(error, ValueError | RuntimeError):
+                reason = ' '.join(str(error).split())
+                raise WeightsMismatchError(f"The file '{weight_file}' was not loaded. {reason:.600}") from error
         raise
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from ..layers import KWLinear
 from .key_tables import rename, timm_names
 from .protocol import KWModel
-from .variants import REFERENCE_WAREHOUSE, check_variant
+from .variants import REFERENCE_WAREHOUSE, check_variant, own_names, warehouse_names
 
 __all__ = [
     'in_reference_order',
@@ -24,34 +24,26 @@ def to_timm_state_dict(state_dict: Mapping[str, Any], model: KWModel, strict: bo
     """Return weights under this package's names, whichever of the two naming schemes they come in.
 
     Args:
-        state_dict: Weights of one network.
+        state_dict: Weights of one network, or a part of them.
         model: The KW network that they are for.
-        strict: Refuse weights without any warehouse.
+        strict: Refuse weights of a static network, without any warehouse.
 
     Returns:
         The same tensors, renamed; ConvNeXt's layer scale is reshaped from ``(1, C, 1, 1)`` to ``(C,)``.
 
     Raises:
-        ValueError: If the weights belong to another variant or to a static network.
+        WeightsMismatchError: If the weights belong to another variant or to a static network.
     """
-    check_variant(state_dict, model, strict)
-    if not any(key.startswith(REFERENCE_WAREHOUSE) for key in state_dict):
-        return dict(state_dict)
-    warehouse_names = list(model.warehouses)
-    # A file's own keys tell how it names the classifier; the model's may have been removed.
-    classifier = next((c for c in ('classifier.1.conv', 'classifier.1') if f'{c}.bias' in state_dict), 'classifier')
-    names = timm_names(model.family, classifier)
-    converted: dict[str, Any] = {}
-    for key, value in state_dict.items():
-        if key.startswith(REFERENCE_WAREHOUSE):
-            index = int(key.removeprefix(REFERENCE_WAREHOUSE))
-            # One more than the model has: the warehouse of a KW classifier that was left out.
-            name = warehouse_names[index] if index < len(warehouse_names) else 'classifier'
-            converted[f'warehouses.{name}.weight'] = value
-        else:
-            renamed = rename(key, names)
-            converted[renamed] = value.flatten() if renamed.endswith('.gamma') else value
-    return converted
+    weights = {
+        key: value.flatten() if key.endswith('.gamma') and _is_reference_gamma(value) else value
+        for key, value in own_names(state_dict, model.family, warehouse_names(state_dict, model)).items()
+    }
+    check_variant(weights, model, strict, state_dict)
+    return weights
+
+
+def _is_reference_gamma(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[0] == value.shape[2:].numel() == 1
 
 
 def reference_keys(model: KWModel) -> dict[str, str]:

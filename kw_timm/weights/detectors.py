@@ -159,10 +159,10 @@ def _is_unused(key: str, value: torch.Tensor) -> bool:
 
 def _trunk_to_timm(trunk: Mapping[str, torch.Tensor], network: Network) -> dict[str, torch.Tensor]:
     """Rename a network without classifier and last norm, and check that the rest is complete."""
-    converted = {key: value.contiguous() for key, value in rename_exact(trunk, network.name).items()}
+    renamed = rename_exact(trunk, network.name)
     expected = {k: v for k, v in network.skeleton().state_dict().items() if not k.startswith('head.')}
-    check_complete(converted, expected, f'a detector with {network.name}')
-    return converted
+    check_complete(renamed, expected, f'a detector with {network.name}')
+    return {key: value.contiguous() for key, value in renamed.items()}
 
 
 def _name(state_dict: Mapping[str, torch.Tensor], network: Network) -> str:

@@ -9,13 +9,16 @@ import timm
 import torch
 
 from .convert import in_reference_order, reference_keys, rename_to_reference, to_timm_state_dict
-from .static import STATIC_NETWORKS, identify_static, static_to_reference, static_to_timm
-from .variants import REFERENCE_WAREHOUSE, identify_variant
+from .prefixes import find_prefix, without_prefix
+from .sound import check_kinds, first_few, misfits
+from .static import STATIC_NETWORKS, identify_static, static_names, static_to_reference, static_to_timm
+from .variants import OURS, REFERENCE_WAREHOUSE, candidates, identify_variant
 
 __all__ = [
     'Network',
     'assert_same_tensors',
     'check_complete',
+    'network_part',
     'recognise_network',
     'to_reference_exact',
     'to_timm_exact',
@@ -66,8 +69,18 @@ class Network:
         return timm.create_model(self.name, **self.model_args)
 
     def skeleton(self) -> Any:
-        """Return the network without any weights, shapes alone; it is shared and not to be changed."""
-        return _skeleton(self)
+        """Return the network without any weights, shapes alone; it is shared and not to be changed.
+
+        Raises:
+            ValueError: If there is none with such classes and channels.
+        """
+        try:
+            return _skeleton(self)
+        except (RuntimeError, ValueError, ArithmeticError) as error:
+            raise ValueError(
+                f'There is no {self.name} with {self.num_classes} classes and {self.in_chans} input channels. The '
+                f"weights are damaged; use a file that holds a network's."
+            ) from error
 
 
 @lru_cache(maxsize=4)
@@ -87,15 +100,42 @@ def recognise_network(state_dict: Mapping[str, torch.Tensor]) -> Network:
     """
     name = identify_variant(state_dict) or identify_static(state_dict)
     if name is None:
-        some = ', '.join(list(state_dict)[:3])
+        some, several = ', '.join(list(state_dict)[:3]), candidates(state_dict)
+        if several:
+            raise ValueError(
+                f'The weights are a part, of {" or ".join(several)}: {len(state_dict)} tensors, {some}, ... A whole '
+                f'network was expected. Use a file with all of it.'
+            )
         raise ValueError(
             f'The weights are of no released variant and no static network of the published tables '
             f'({len(state_dict)} tensors: {some}, ...). Expected one of: {", ".join(_known_names())}.'
         )
     renamed = rename_exact(state_dict, name)
-    classes = next((renamed[key].shape[0] for key in _CLASSIFIER_BIASES if key in renamed), 0)
-    in_chans = next((renamed[key].shape[1] for key in _STEMS if key in renamed), 3)
+    # Of another rank they are damaged, which is said when all shapes are compared.
+    classes = next((renamed[key].shape[0] for key in _CLASSIFIER_BIASES if key in renamed and renamed[key].dim()), 0)
+    in_chans = next((renamed[key].shape[1] for key in _STEMS if key in renamed and renamed[key].dim() > 1), 3)
     return Network(name, int(classes), int(in_chans))
+
+
+def network_part(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a network's weights without what stands before all their names, e.g. ``model.``.
+
+    Args:
+        state_dict: Weights of one network, of any.
+
+    Raises:
+        ValueError: If there is more than the network, which conversion would lose.
+    """
+    if any(key.startswith((OURS, REFERENCE_WAREHOUSE)) for key in state_dict):
+        return dict(state_dict)
+    prefix = find_prefix(state_dict, static_names())
+    others = [key for key in state_dict if not key.startswith(prefix)]
+    if others:
+        raise ValueError(
+            f"Beside the network, whose names begin with '{prefix}', there is more: {first_few(others)}. Save the "
+            f'network alone, by torch.save(kw_timm.weights.unwrap_weights(torch.load(FILE), model), NEW_FILE).'
+        )
+    return without_prefix(state_dict, prefix)
 
 
 def to_timm_exact(state_dict: Mapping[str, torch.Tensor], network: Network) -> dict[str, torch.Tensor]:
@@ -111,8 +151,9 @@ def to_timm_exact(state_dict: Mapping[str, torch.Tensor], network: Network) -> d
     Raises:
         ValueError: If tensors are missing, unexpected or of another shape, or conversion would lose anything.
     """
-    converted = {key: value.contiguous() for key, value in rename_exact(state_dict, network.name).items()}
-    check_complete(converted, network.skeleton().state_dict(), network.name)
+    renamed = rename_exact(state_dict, network.name)
+    check_complete(renamed, network.skeleton().state_dict(), network.name)
+    converted = {key: value.contiguous() for key, value in renamed.items()}
     if has_reference_names(state_dict):
         assert_same_tensors(to_reference_exact(converted, network), state_dict)
     return converted
@@ -145,19 +186,9 @@ def has_reference_names(state_dict: Mapping[str, Any]) -> bool:
 
 
 def check_complete(converted: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], name: str) -> None:
-    """Raise ValueError unless a state dict has exactly the expected keys and shapes."""
-    missing = [key for key in expected if key not in converted]
-    unexpected = [key for key in converted if key not in expected]
-    shapes = [
-        f'{key} {tuple(converted[key].shape)} instead of {tuple(value.shape)}'
-        for key, value in expected.items()
-        if key in converted and converted[key].shape != value.shape
-    ]
-    problems = [
-        f'{what}: {", ".join(keys[:4])}{f" and {len(keys) - 4} more" if len(keys) > 4 else ""}'
-        for what, keys in (('missing', missing), ('unexpected', unexpected), ('of another shape', shapes))
-        if keys
-    ]
+    """Raise ValueError unless a state dict has exactly the expected keys, shapes and kinds of tensors."""
+    check_kinds(converted, expected)
+    problems = misfits(converted, expected)
     if problems:
         raise ValueError(f'The weights look like those of {name} but do not fit it. {"; ".join(problems)}.')
 

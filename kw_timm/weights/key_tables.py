@@ -3,21 +3,31 @@
 The reference names ResNet and MobileNetV2 as torchvision does and ConvNeXt as its authors do.
 """
 
+from functools import lru_cache
+
 __all__ = ['FAMILIES', 'rename', 'timm_names']
 
 FAMILIES = ('resnet', 'mobilenetv2', 'convnext')
 
 _MOBILENETV2_REPEATS = (1, 2, 3, 4, 3, 3, 1)
 _CONVNEXT_DEPTHS = (3, 3, 9, 3)
+_CLASSIFIERS = ('classifier', 'classifier.1', 'classifier.1.conv')
 
 
-def timm_names(family: str, classifier: str = 'classifier') -> dict[str, str]:
+@lru_cache
+def timm_names(family: str, classifier: str | None = None) -> dict[str, str]:
     """Return the table ``{reference module name: timm module name}``; names that agree are left out.
+
+    No name of timm's is one of the reference's for something else, so that :func:`rename` leaves timm's as they are.
 
     Args:
         family: ``'resnet'``, ``'mobilenetv2'`` or ``'convnext'``.
         classifier: The reference's name of MobileNetV2's classifier: ``'classifier'`` in KW 1x and 4x,
-            ``'classifier.1'`` in the static network, ``'classifier.1.conv'`` in KW 1/2x.
+            ``'classifier.1'`` in the static network, ``'classifier.1.conv'`` in KW 1/2x. None for all of them, which
+            serves in this direction only.
+
+    Returns:
+        The table, shared and not to be changed.
 
     Raises:
         ValueError: If the family is unknown.
@@ -25,7 +35,7 @@ def timm_names(family: str, classifier: str = 'classifier') -> dict[str, str]:
     if family == 'resnet':
         return {}
     if family == 'mobilenetv2':
-        return _mobilenetv2_names(classifier)
+        return _mobilenetv2_names(_CLASSIFIERS if classifier is None else (classifier,))
     if family == 'convnext':
         return _convnext_names()
     raise ValueError(f"Unknown family '{family}', expected one of {', '.join(FAMILIES)}.")
@@ -41,7 +51,7 @@ def rename(key: str, names: dict[str, str]) -> str:
     return key
 
 
-def _mobilenetv2_names(classifier: str) -> dict[str, str]:
+def _mobilenetv2_names(classifiers: tuple[str, ...]) -> dict[str, str]:
     names = {'features.0.0': 'conv_stem', 'features.0.1': 'bn1', 'features.18.0': 'conv_head', 'features.18.1': 'bn2'}
     separable = {'0.0': 'conv_dw', '0.1': 'bn1', '1': 'conv_pw', '2': 'bn2'}
     residual = {'0.0': 'conv_pw', '0.1': 'bn1', '1.0': 'conv_dw', '1.1': 'bn2', '2': 'conv_pwl', '3': 'bn3'}
@@ -51,13 +61,13 @@ def _mobilenetv2_names(classifier: str) -> dict[str, str]:
             for part, timm_part in (separable if s == 0 else residual).items():
                 names[f'features.{position}.conv.{part}'] = f'blocks.{s}.{i}.{timm_part}'
             position += 1
-    if classifier != 'classifier':
-        names[classifier] = 'classifier'
-    return names
+    return names | {name: 'classifier' for name in classifiers if name != 'classifier'}
 
 
 def _convnext_names() -> dict[str, str]:
-    names = {'downsample_layers.0': 'stem', 'norm': 'head.norm', 'head': 'head.fc'}
+    # The whole key: `head` is the name of timm's module too, which holds norm and classifier.
+    names = {f'head.{leaf}': f'head.fc.{leaf}' for leaf in ('weight', 'bias')}
+    names |= {'downsample_layers.0': 'stem', 'norm': 'head.norm'}
     names |= {f'downsample_layers.{s}': f'stages.{s}.downsample' for s in range(1, len(_CONVNEXT_DEPTHS))}
     parts = {'dwconv': 'conv_dw', 'norm': 'norm', 'pwconv1': 'mlp.fc1', 'pwconv2': 'mlp.fc2', 'gamma': 'gamma'}
     for s, depth in enumerate(_CONVNEXT_DEPTHS):

@@ -8,8 +8,9 @@ import timm
 import torch
 
 from .key_tables import rename, timm_names
+from .variants import shapes_of
 
-__all__ = ['STATIC_NETWORKS', 'identify_static', 'static_to_reference', 'static_to_timm']
+__all__ = ['STATIC_NETWORKS', 'identify_static', 'static_names', 'static_to_reference', 'static_to_timm']
 
 # timm name -> key table.
 STATIC_NETWORKS = {
@@ -36,6 +37,15 @@ def _trunk_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
     return shapes
 
 
+@lru_cache(maxsize=1)
+def static_names() -> set[str]:
+    """Return the names of all static networks' tensors but the classifier's, timm's and the reference's."""
+    names: set[str] = set()
+    for name, shapes in _trunk_shapes().items():
+        names |= {*shapes, *static_to_reference(shapes, name), *_STEMS}
+    return names
+
+
 def identify_static(state_dict: Mapping[str, Any]) -> str | None:
     """Return the timm name of the static network that weights belong to, or None.
 
@@ -43,11 +53,7 @@ def identify_static(state_dict: Mapping[str, Any]) -> str | None:
         state_dict: Weights under timm's names or the reference's; a classifier may be missing.
     """
     for name, expected in _trunk_shapes().items():
-        found = {
-            key: tuple(value.shape)
-            for key, value in static_to_timm(state_dict, name).items()
-            if not key.startswith((*_HEADS, *_STEMS))
-        }
+        found = shapes_of(static_to_timm(state_dict, name))
         # A detection backbone has output norms besides.
         if {key: shape for key, shape in found.items() if key in expected} == expected:
             return name
@@ -61,10 +67,7 @@ def static_to_timm(state_dict: Mapping[str, Any], name: str) -> dict[str, Any]:
         state_dict: Weights under the reference's names or timm's.
         name: Static network, see :data:`STATIC_NETWORKS`.
     """
-    family = STATIC_NETWORKS[name]
-    if any(key in state_dict for key in ('conv_stem.weight', 'stem.0.weight')):
-        return dict(state_dict)
-    names = timm_names(family, _CLASSIFIER)
+    names = timm_names(STATIC_NETWORKS[name])
     return {rename(key, names): value for key, value in state_dict.items()}
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-__all__ = ['EMA_KEYS', 'RefusedFileError', 'allowed_globals', 'load_pickled', 'select_weights', 'unreadable']
+from .entries import select_weights
+
+__all__ = ['RefusedFileError', 'allowed_globals', 'load_pickled', 'select_weights', 'unreadable']
 
 _ZIP_MAGIC = b'PK\x03\x04'
 _PICKLE_MAGIC = b'\x80'
-EMA_KEYS = ('model_ema', 'state_dict_ema')
 _HISTORY_MODULE = 'mmengine.logging.history_buffer'
-_PLAIN_KEYS = ('model', 'state_dict')
 
 
 class RefusedFileError(ValueError):
@@ -101,7 +101,8 @@ def load_pickled(file: Path, mmap: bool = False) -> Any:
                     f'or let whoever made it save the state dict alone.'
                 ) from error
             raise unreadable(file, error) from error
-        except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except Exception as error:
+            # Damaged bytes bring out any error of torch's, zip's and pickle's; all mean the same.
             raise unreadable(file, error) from error
 
 
@@ -119,36 +120,3 @@ def unreadable(file: Path, error: Exception) -> ValueError:
         f"The weight file '{file}' ({file.stat().st_size} bytes) cannot be read: it is cut off or not a weight file "
         f'({type(error).__name__}: {first_line}). Fetch it again.'
     )
-
-
-def select_weights(checkpoint: Any, use_ema: bool = True) -> tuple[dict[str, torch.Tensor], str]:
-    """Return the state dict in a checkpoint, and the entry that it came from.
-
-    Args:
-        checkpoint: What a weight file holds: a state dict, or a checkpoint with ``model`` or ``state_dict`` and maybe
-            ``model_ema`` or ``state_dict_ema``.
-        use_ema: Prefer averaged weights where there are any.
-
-    Returns:
-        State dict without the prefixes of wrappers (DDP, ``torch.compile``); and the entry's name, ``''`` for a bare
-        state dict.
-
-    Raises:
-        ValueError: If there are no tensors.
-    """
-    entry, weights = '', checkpoint
-    if isinstance(checkpoint, dict):
-        order = (*EMA_KEYS, *_PLAIN_KEYS) if use_ema else (*_PLAIN_KEYS, *EMA_KEYS)
-        entry = next((key for key in order if isinstance(checkpoint.get(key), dict)), '')
-        weights = checkpoint[entry] if entry else checkpoint
-    if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise ValueError('it holds no tensors; expected a state dict or a checkpoint with one.')
-    if 'module' in weights and isinstance(weights['module'], dict):
-        weights = weights['module']
-    return {_unwrapped(key): value for key, value in weights.items() if isinstance(value, torch.Tensor)}, entry
-
-
-def _unwrapped(key: str) -> str:
-    for prefix in ('_orig_mod.', 'module.', '_orig_mod.'):
-        key = key.removeprefix(prefix)
-    return key

@@ -1,30 +1,63 @@
-"""Tell variants apart by the shapes of their warehouses."""
+"""Tell variants apart by the shapes of their tensors, of a part of them too."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import timm
 import torch
 
+from .errors import WeightsMismatchError
+from .key_tables import rename, timm_names
 from .protocol import KWModel
 
-__all__ = ['REFERENCE_WAREHOUSE', 'check_variant', 'identify_variant', 'variant_shapes']
+__all__ = [
+    'OURS',
+    'REFERENCE_WAREHOUSE',
+    'candidates',
+    'check_variant',
+    'identify_variant',
+    'own_name',
+    'own_names',
+    'shapes_of',
+    'warehouse_names',
+]
 
-Shapes = dict[str, tuple[int, ...]]  # by name of the warehouse, or by its number in the reference
+Shapes = dict[str, tuple[int, ...]]
 
 REFERENCE_WAREHOUSE = 'warehouse_manager.weights.'
-_OURS = 'warehouses.'
+OURS = 'warehouses.'
+# Their shapes follow classes and input channels, and tell no variant.
+_FREE = ('fc.', 'classifier.', 'head.', 'conv1.', 'conv_stem.', 'stem.')
 
 
-@lru_cache(maxsize=1)
-def variant_shapes() -> dict[str, Shapes]:
-    """Return the warehouse shapes of every registered variant, by name and in order."""
-    shapes: dict[str, Shapes] = {}
+@dataclass(frozen=True)
+class Variant:
+    """What a registered variant's weights look like.
+
+    Attributes:
+        family: Name of its key table.
+        tensors: Shape of every tensor, by name.
+        warehouses: Those of the warehouses, by their names and in order.
+    """
+
+    family: str
+    tensors: Shapes
+    warehouses: Shapes
+
+
+@lru_cache
+def variant(name: str) -> Variant:
+    """Return what the weights of a registered variant look like."""
     with torch.device('meta'):
-        for name in timm.list_models('kw*'):
-            shapes[name] = model_shapes(timm.create_model(name))
-    return shapes
+        model: Any = timm.create_model(name)
+    return Variant(model.family, shapes_of(model.state_dict()), model_shapes(model))
+
+
+def shapes_of(state_dict: Mapping[str, Any]) -> Shapes:
+    """Return the shapes of the tensors in a state dict."""
+    return {key: tuple(value.shape) for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
 
 
 def model_shapes(model: Any) -> Shapes:
@@ -32,75 +65,153 @@ def model_shapes(model: Any) -> Shapes:
     return {name: tuple(warehouse.weight.shape) for name, warehouse in model.warehouses.items()}
 
 
-def file_shapes(state_dict: Mapping[str, Any]) -> Shapes:
-    """Return the warehouse shapes in a state dict by name, or by number (in order) under the reference's names."""
-    reference = {
-        k.removeprefix(REFERENCE_WAREHOUSE): v for k, v in state_dict.items() if k.startswith(REFERENCE_WAREHOUSE)
+def own_name(model: Any) -> str:
+    """Return what messages call a network: its variant, or its class."""
+    return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+
+
+def own_names(state_dict: Mapping[str, Any], family: str, warehouses: list[str]) -> dict[str, Any]:
+    """Return weights under this package's names; those that have them, and unknown ones, keep theirs.
+
+    Args:
+        state_dict: Weights under either naming scheme, or a part of them.
+        family: Name of the key table.
+        warehouses: Names of the warehouses in the reference's order.
+    """
+    names = timm_names(family)
+    renamed = {}
+    for key, value in state_dict.items():
+        number = key.removeprefix(REFERENCE_WAREHOUSE)
+        if number != key:
+            known = number.isdecimal() and int(number) < len(warehouses)
+            renamed[f'{OURS}{warehouses[int(number)]}.weight' if known else key] = value
+        else:
+            renamed[rename(key, names) if names else key] = value
+    return renamed
+
+
+def warehouse_names(state_dict: Mapping[str, Any], model: KWModel) -> list[str]:
+    """Return the names that the reference's numbers of warehouses stand for.
+
+    They are the model's own, unless warehouses were removed from it, as for feature extraction, or with a classifier.
+    """
+    own = model_shapes(model)
+    found = {
+        key.removeprefix(REFERENCE_WAREHOUSE): value
+        for key, value in shapes_of(state_dict).items()
+        if key.startswith(REFERENCE_WAREHOUSE)
     }
-    if reference:
-        return {number: tuple(reference[number].shape) for number in sorted(reference, key=int)}
-    names = (key.split('.')[1] for key in state_dict if key.startswith(_OURS))
-    return {name: tuple(state_dict[f'{_OURS}{name}.weight'].shape) for name in names}
+    if not found or all(_fits(n, found.get(str(i), ()), s) for i, (n, s) in enumerate(own.items())):
+        numbers = [int(number) for number in found if number.isdecimal()]
+        if not numbers or max(numbers) < len(own):
+            return list(own)
+    return list(_unpruned(model) or own)
 
 
 def identify_variant(state_dict: Mapping[str, Any]) -> str | None:
     """Return the name of the registered variant that weights belong to, or None.
 
     Args:
-        state_dict: Weights under this package's names or the reference's. Input channels of a KW stem and classes of a
-            KW classifier may differ from the published ones.
+        state_dict: Weights under this package's names or the reference's, or such a part of them that only one variant
+            has it. Input channels of a KW stem and classes of a KW classifier may differ from the published ones.
     """
-    found = file_shapes(state_dict)
-    for name, shapes in variant_shapes().items():
-        if _same(found, shapes):
-            return name
-    return None
+    found = candidates(state_dict)
+    return found[0] if len(found) == 1 else None
 
 
-def check_variant(state_dict: Mapping[str, Any], model: KWModel, strict: bool = True) -> None:
-    """Raise ValueError unless weights have the warehouses of the model.
+def candidates(state_dict: Mapping[str, Any]) -> list[str]:
+    """Return the variants that weights can be of: their warehouses are such, and no others have more tensors like theirs.
 
     Args:
-        state_dict: Weights under either naming scheme.
-        model: KW network.
-        strict: Refuse weights without any warehouse too.
+        state_dict: Weights under either naming scheme, or a part of them.
     """
-    found, expected = file_shapes(state_dict), model_shapes(model)
-    own_name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+    if not any(key.startswith((OURS, REFERENCE_WAREHOUSE)) or '.attention.' in key for key in state_dict):
+        return []
+    likeness: dict[str, int] = {}
+    for name in timm.list_models('kw*'):
+        known = variant(name)
+        found = shapes_of(own_names(state_dict, known.family, list(known.warehouses)))
+        warehouses = _warehouses(found)
+        if any(not _fits(key, shape, known.warehouses.get(key)) for key, shape in warehouses.items()):
+            continue
+        telling = [key for key in found if not key.startswith((*_FREE, OURS))]
+        alike = sum(found[key] == known.tensors.get(key) for key in telling)
+        if warehouses or (telling and alike == len(telling)):
+            likeness[name] = alike
+    return [name for name, alike in likeness.items() if alike == max(likeness.values())]
+
+
+def check_variant(
+    weights: Mapping[str, Any], model: KWModel, strict: bool = True, given: Mapping[str, Any] | None = None
+) -> None:
+    """Raise WeightsMismatchError if weights are another variant's, or a static network's; a part of them is welcome.
+
+    Args:
+        weights: Weights under this package's names.
+        model: KW network.
+        strict: Refuse weights of a static network, without any warehouse, too.
+        given: The weights as they were, where the reference's numbers stood for the warehouses of the model.
+    """
+    found, expected, name = _warehouses(shapes_of(weights)), model_shapes(model), own_name(model)
     if not found:
-        if strict and state_dict:
-            raise ValueError(
-                f'The weights hold no warehouse: they are those of a static network, the model is {own_name}. '
-                f"Load weights of a KW variant, or create the static network (timm's own) for these."
+        if strict and (static := _static_layer(weights, model)) is not None:
+            raise WeightsMismatchError(
+                f'The weights hold no warehouse: they are those of a static network, the model is {name}, whose '
+                f"'{static}' has no weight of its own. Load weights of a KW variant, or create the static network "
+                f"(timm's own) for these."
             )
         return
-    if _same(found, expected):
+    others = {key: shape for key, shape in found.items() if not _fits(key, shape, expected.get(key))}
+    if others:
+        # A file has all warehouses, a network may have lost some: to feature extraction, or with its classifier.
+        whole = _unpruned(model)
+        others = {key: s for key, s in others.items() if key in expected or not _fits(key, s, whole.get(key))}
+    if not others:
         return
-    variant = identify_variant(state_dict)
-    raise ValueError(
-        f'The weights are of {variant or "no released variant"} (warehouses {_describe(found)}), '
-        f'the model is {own_name} (warehouses {_describe(expected)}). '
-        + (f"Create the model with timm.create_model('{variant}')" if variant else 'Create the model that was trained')
-        + f', or load weights of {own_name}.'
+    theirs = candidates(weights if given is None else given)
+    raise WeightsMismatchError(
+        f'The weights are of {" or ".join(theirs) or "no released variant"} (warehouses {_describe(found)}), '
+        f'the model is {name} (warehouses {_describe(expected)}). '
+        + (f"Create the model with timm.create_model('{theirs[0]}')" if theirs else 'Create the model that was trained')
+        + f', or load weights of {name}.'
     )
 
 
-def _same(found: Shapes, expected: Shapes) -> bool:
-    """Compare warehouses; a KW stem's input channels, a KW classifier's presence and classes may differ."""
-    if not all(name.isdigit() for name in found):
-        # Names may come in any order, safetensors sorts them.
-        if (found.keys() ^ expected.keys()) - {'classifier'}:
-            return False
-        found = {name: found[name] for name in expected if name in found}
-    # A KW classifier comes last and is the only warehouse of linear cells, (n, co, ci, 1).
-    a, b = ([shape for shape in shapes.values() if len(shape) != 4] for shapes in (found, expected))
-    if len(a) != len(b) or not a:
+def _warehouses(shapes: Shapes) -> Shapes:
+    """Return the warehouses among tensors, by their names; a number stays where it is of no known warehouse."""
+    found = {}
+    for key, shape in shapes.items():
+        for start in (OURS, REFERENCE_WAREHOUSE):
+            if key.startswith(start):
+                found[key.removeprefix(start).removesuffix('.weight')] = shape
+    return found
+
+
+def _unpruned(model: Any) -> Shapes:
+    """Return all warehouses of the variant that a network is, those that were removed from it included, or none."""
+    name, own = own_name(model), model_shapes(model)
+    if name not in timm.list_models('kw*'):
+        return {}
+    whole = variant(name).warehouses
+    return whole if all(_fits(key, shape, whole.get(key)) for key, shape in own.items()) else {}
+
+
+def _static_layer(weights: Mapping[str, Any], model: Any) -> str | None:
+    """Return the name of a KW layer of the model that weights hold a static kernel for, or None."""
+    layers = {name.removesuffix('.attention') for name, _ in model.named_modules() if name.endswith('.attention')}
+    found = (key.removesuffix('.weight') for key in weights if key.endswith('.weight'))
+    return next((layer for layer in found if layer in layers), None)
+
+
+def _fits(name: str, shape: tuple[int, ...], expected: tuple[int, ...] | None) -> bool:
+    """Compare warehouses; a stem's input channels and a KW classifier, which a network may lack, may differ."""
+    if name == 'classifier':
+        return len(shape) == 4
+    if expected is None or len(shape) != len(expected):
         return False
-    return a[1:] == b[1:] and (a[0][:2], a[0][3:]) == (b[0][:2], b[0][3:]) and _stem_like(a[0], b[0])
-
-
-def _stem_like(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    return a == b or min(a[2], b[2]) <= 4
+    if name == 'stem' and min(shape[2], expected[2]) <= 4:
+        return (shape[:2], shape[3:]) == (expected[:2], expected[3:])
+    return shape == expected
 
 
 def _describe(shapes: Shapes) -> str:
