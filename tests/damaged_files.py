@@ -185,7 +185,8 @@ def at_keys(kind: str, good: bool | None = False) -> Any:
 
 def without(rng: random.Random, weights: Weights, count: int) -> Weights:
     """Leave out some tensors, not one that torch fills in itself."""
-    gone = rng.sample([key for key in weights if 'num_batches' not in key], count)
+    names = [key for key in weights if 'num_batches' not in key]
+    gone = rng.sample(names, min(count, len(names)))
     return {key: value for key, value in weights.items() if key not in gone}
 
 
@@ -196,7 +197,9 @@ at_keys('nearly all missing')(lambda rng, w: dict(rng.sample(sorted(w.items()), 
 at_keys('no warehouses')(lambda rng, w: {key: value for key, value in w.items() if 'warehouse' not in key})
 at_keys('warehouses alone')(lambda rng, w: {key: value for key, value in w.items() if 'warehouse' in key})
 at_keys('one more')(lambda rng, w: {**w, rng.choice(('extra', 'a.b', 'warehouses.x.weight', 'é')): torch.zeros(3)})
-at_keys('a warehouse of no number')(lambda rng, w: {**w, f'warehouse_manager.weights.{rng.choice(("x", 99, "", "²"))}': w[next(iter(w))]})
+at_keys('a warehouse of no number')(
+    lambda rng, w: {**w, f'warehouse_manager.weights.{rng.choice(("x", 99, "", "²"))}': w[next(iter(w))]}
+)
 at_keys('upper case')(lambda rng, w: {key.upper(): value for key, value in w.items()})
 at_keys('dots lost')(lambda rng, w: {key.replace('.', '_'): value for key, value in w.items()})
 at_keys('two swapped')(lambda rng, w: dict(zip(w, sorted(w.values(), key=lambda v: v.numel()), strict=True)))
@@ -227,7 +230,7 @@ def at_values(kind: str, good: bool | None = False) -> Any:
 
 def replaced(rng: random.Random, weights: Weights, value: Any) -> Weights:
     """Put something in a tensor's place."""
-    return {**weights, rng.choice([key for key in weights if 'num_batches' not in key]): value}
+    return {**weights, rng.choice([key for key in weights if 'num_batches' not in str(key)]): value}
 
 
 def cycle() -> dict[str, Any]:
@@ -242,10 +245,14 @@ at_values('a list')(lambda rng, w: replaced(rng, w, [1.0, 2.0]))
 at_values('a dictionary')(lambda rng, w: replaced(rng, w, {'a': {'b': torch.zeros(3)}}))
 at_values('numbers for names')(lambda rng, w: dict(enumerate(w.values())))
 at_values('a number for a name')(lambda rng, w: replaced(rng, {**w, 3: 4, (1, 2): torch.zeros(1)}, 5))
-at_values('no dictionary')(lambda rng, w: rng.choice(([*w.values()][:9], 'x', 3, None, (), [], {}, torch.zeros(3), {'model': {}})))
+at_values('no dictionary')(
+    lambda rng, w: rng.choice(([*w.values()][:9], 'x', 3, None, (), [], {}, torch.zeros(3), {'model': {}}))
+)
 at_values('a dictionary of itself')(lambda rng, w: cycle())
 at_values('nested deeply')(lambda rng, w: nested(w, rng.choice((2, 3, 30, 300))))
-at_values('entries of another type')(lambda rng, w: {'model': rng.choice(('x', [], 3)), 'state_dict': w, 'meta': 3, 'reference_unused': 'x'})
+at_values('entries of another type', True)(
+    lambda rng, w: {'model': rng.choice(('x', [], 3)), 'state_dict': w, 'meta': 3, 'reference_unused': 'x'}
+)
 
 
 def nested(weights: Weights, depth: int) -> Any:
@@ -280,7 +287,7 @@ def payload(rng: random.Random, kind: str, form: str, weights: Weights, path: Pa
             Call(open, str(sign), 'w'),
             Call(Path.touch, sign),
             Call(os.mkdir, str(sign)),
-            Call(getattr, os, 'system'),
+            Call(getattr, dict, 'clear'),
             Call(torch.save, 3, str(sign)),
             Call(torch.hub.load, 'x/y', 'z'),
             Call(pickle.loads, pickle.dumps(Call(os.system, f'touch {sign}'))),

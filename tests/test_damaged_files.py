@@ -20,11 +20,6 @@ from kw_timm.weights import to_reference_state_dict
 NAME = 'kw1d2x_mobilenetv2_050'
 
 
-@pytest.fixture(scope='module')
-def network() -> torch.nn.Module:
-    return timm.create_model(NAME)
-
-
 def check_message(message: str, case: Damaged) -> None:
     """One sentence, or a few, on one line, that names the file."""
     assert str(case.path) in message or str(case.path.parent) in message, message
@@ -57,47 +52,58 @@ def runs(arguments: list[str], case: Damaged, capsys: pytest.CaptureFixture[str]
     return False
 
 
-def try_files(seeds: range, network: torch.nn.Module, folder: Path, capsys: pytest.CaptureFixture[str], every: int) -> Counter[str]:
-    """Load and verify every file, convert every n-th; return what became of them."""
+def try_files(
+    seeds: range, network: torch.nn.Module, folder: Path, capsys: pytest.CaptureFixture[str], commands: tuple[str, ...]
+) -> Counter[bool]:
+    """Load every file, and give it to commands; return how many were loaded and how many not."""
     state_dict = network.state_dict()
     names = {True: {k: v.clone() for k, v in state_dict.items()}, False: to_reference_state_dict(network)}
-    became: Counter[str] = Counter()
+    became: Counter[bool] = Counter()
     wrong = []
     for seed in seeds:
         work = folder / str(seed)
         work.mkdir()
         sign, output = work / 'ran', work / 'out'
-        weights = names[random.Random(-seed).random() < 0.5]
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            case = damaged_file(seed, weights, work, sign)
+            case = damaged_file(seed, names[random.Random(-seed).random() < 0.5], work, sign)
             files = sorted(work.rglob('*'))
             try:
-                loaded = loads(case, network)
-                verified = not case.path.is_dir() and runs(['verify', str(case.path)], case, capsys)
-                if seed % every == 0 and runs(['convert', str(case.path), '--output', str(output)], case, capsys):
-                    assert verified
-                    shutil.rmtree(output)
-                assert case.good is None or case.path.is_dir() or loaded == verified == case.good, (loaded, verified)
+                good = loads(case, network)
+                became[good] += 1
+                assert good == case.good or case.good is None
+                if not case.path.is_dir():
+                    if 'verify' in commands:
+                        assert runs(['verify', str(case.path)], case, capsys) == good
+                    if 'convert' in commands:
+                        converted = runs(['convert', str(case.path), '--output', str(output)], case, capsys)
+                        # Finite weights of a flipped exponent may have infinite answers.
+                        assert converted == good or (good and case.good is None)
+                        shutil.rmtree(output, ignore_errors=not converted)
                 assert not sign.exists(), 'it ran'
                 assert sorted(work.rglob('*')) == files, leftovers(work)
             except BaseException:
                 wrong.append(f'{seed}, {case.kind}: {traceback.format_exc(limit=-3)}')
-            became['loaded' if loaded else 'refused'] += 1
         shutil.rmtree(work)
     assert not wrong, f'{len(wrong)} of {len(seeds)}:\n' + '\n'.join(wrong[:30])
     return became
 
 
-def test_damaged_files(network, tmp_path, capsys):
-    became = try_files(range(150), network, tmp_path, capsys, every=10)
-    assert became['refused'] > 90
-    assert became['loaded'] > 10
+def test_damaged_files_are_loaded_or_not(tmp_path, capsys):
+    small = timm.create_model('kw1x_resnet18', layers=(1, 1, 1, 1), channels=(8, 16, 16, 16), num_classes=10)
+    became = try_files(range(130), small, tmp_path, capsys, ())
+    assert became[False] > 80
+    assert became[True] > 10
+
+
+def test_damaged_files_are_verified_and_converted(tmp_path, capsys):
+    became = try_files(range(200, 220), timm.create_model(NAME), tmp_path, capsys, ('verify', 'convert'))
+    assert became[False] > 10
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_a_thousand_damaged_files(network, tmp_path, capsys):
-    became = try_files(range(1000, 2000), network, tmp_path, capsys, every=1)
-    assert became['refused'] > 600
-    assert became['loaded'] > 60
+def test_a_thousand_damaged_files(tmp_path, capsys):
+    became = try_files(range(1000, 2000), timm.create_model(NAME), tmp_path, capsys, ('verify', 'convert'))
+    assert became[False] > 600
+    assert became[True] > 60

@@ -102,7 +102,10 @@ def convert_file(
             # The source is mapped into memory; let it go before the network is run.
             del source, found
             gc.collect()
-            record = _complete_folder(filling, network, **origin)
+            try:
+                record = _complete_folder(filling, network, **origin)
+            except HubError as error:
+                raise HubError(f"'{path}' was not converted. {error}") from error
     return Converted(name, folder, network, record)
 
 

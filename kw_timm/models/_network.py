@@ -1,7 +1,7 @@
 """What the three families share: the mixin over timm's networks, and building with timm's own machinery."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from timm.models import adapt_input_conv, build_model_with_cfg, generate_default_cfgs
@@ -12,6 +12,7 @@ from torch import nn
 from ..kernelize import drop_unused_warehouses
 from ..layers.attention import KWAttention
 from ..weights import WeightsMismatchError, read_weight_file, to_timm_state_dict, unwrap_weights
+from ..weights.errors import in_one_line
 from ..weights.load import fit_state_dict
 from ..weights.sound import check_kinds
 from ..weights.store import HUB_ORGANISATION, pretrained_source
@@ -57,17 +58,19 @@ class KWNetwork(nn.Module):
         if isinstance(state_dict, Mapping):
             state_dict = fit_state_dict(state_dict, self, strict)
         result = super().load_state_dict(state_dict, strict, assign)
-        self._renew_assignments()
+        for module in self.modules() if assign else ():
+            if isinstance(module, KWAttention) and module.assignment.device != module.fc2.weight.device:
+                module.assignment = torch.empty_like(module.assignment, device=module.fc2.weight.device)
+                module.init_non_persistent_buffers()
         return result
 
-    def _renew_assignments(self) -> None:
-        """Fill what no weight file holds and a network from the meta device or of ``to_empty`` does not have."""
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
+        """Move the network without its weights; what no weight file holds is filled again."""
+        super().to_empty(device=device, recurse=recurse)
         for module in self.modules():
             if isinstance(module, KWAttention):
-                device = module.fc2.weight.device
-                if module.assignment.device != device:
-                    module.assignment = torch.empty_like(module.assignment, device=device)
                 module.init_non_persistent_buffers()
+        return self
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: KWNetwork) -> dict[str, torch.Tensor]:
@@ -137,8 +140,7 @@ def build_kw_model(
         if pretrained and weight_file:
             read_weight_file(weight_file)  # If the file is what is wrong, this says so; timm names no file.
             if isinstance(error, ValueError | RuntimeError):
-                reason = ' '.join(str(error).split())
-                raise WeightsMismatchError(f"The file '{weight_file}' was not loaded. {reason:.600}") from error
+                raise WeightsMismatchError(f"The file '{weight_file}' was not loaded. {in_one_line(error)}") from error
         raise
 
 

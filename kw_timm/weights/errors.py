@@ -1,6 +1,8 @@
 """The error of weights that are not the network's."""
 
-__all__ = ['WeightsMismatchError']
+import textwrap
+
+__all__ = ['WeightsMismatchError', 'in_one_line']
 
 
 class WeightsMismatchError(ValueError, RuntimeError):
@@ -8,3 +10,8 @@ class WeightsMismatchError(ValueError, RuntimeError):
 
     A ``RuntimeError`` too, since that is what ``nn.Module.load_state_dict`` raises and callers catch.
     """
+
+
+def in_one_line(error: Exception) -> str:
+    """Return what an error says on one line, of torch's lists of names no more than a few."""
+    return textwrap.shorten(str(error), 600, placeholder=' ...')

@@ -10,6 +10,7 @@ import torch
 
 from .convert import in_reference_order, reference_keys, rename_to_reference, to_timm_state_dict
 from .prefixes import find_prefix, without_prefix
+from .skeletons import create_skeleton
 from .sound import check_kinds, first_few, misfits
 from .static import STATIC_NETWORKS, identify_static, static_names, static_to_reference, static_to_timm
 from .variants import OURS, REFERENCE_WAREHOUSE, candidates, identify_variant
@@ -85,8 +86,7 @@ class Network:
 
 @lru_cache(maxsize=4)
 def _skeleton(network: Network) -> Any:
-    with torch.device('meta'):
-        return network.create()
+    return create_skeleton(network.name, **network.model_args)
 
 
 def recognise_network(state_dict: Mapping[str, torch.Tensor]) -> Network:

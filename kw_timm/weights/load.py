@@ -4,19 +4,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from .convert import reference_keys, to_timm_state_dict
 from .entries import select_weights
-from .errors import WeightsMismatchError
+from .errors import WeightsMismatchError, in_one_line
 from .files import check_weight_file, read_weight_file
-from .prefixes import find_prefix, without_prefix
+from .prefixes import WRAPPERS, find_prefix, without_prefix, without_wrappers
 from .sound import check_finite, check_kinds, check_names, first_few, misfits
 from .variants import own_name
 
 __all__ = ['fit_state_dict', 'load_checkpoint', 'unwrap_weights']
+
+_CLASSIFIERS = ('fc.', 'classifier.', 'head.', 'warehouses.classifier.')
 
 
 def load_checkpoint(
@@ -53,8 +56,7 @@ def load_checkpoint(
             check_finite(weights)
         return network.load_state_dict(weights, strict=strict)
     except (ValueError, RuntimeError) as error:
-        reason = ' '.join(str(error).split())
-        raise WeightsMismatchError(f"The file '{file}' was not loaded. {reason:.600}") from error
+        raise WeightsMismatchError(f"The file '{file}' was not loaded. {in_one_line(error)}") from error
 
 
 def unwrap_weights(checkpoint: Mapping[str, Any], model: nn.Module, prefix: str | None = None) -> dict[str, Any]:
@@ -87,7 +89,8 @@ def unwrap_weights(checkpoint: Mapping[str, Any], model: nn.Module, prefix: str 
             )
         state_dict = part
     known = _known_names(model)
-    return without_prefix(state_dict, find_prefix(state_dict, known), known)
+    classifier = {name for name in known if name.startswith(_CLASSIFIERS)}
+    return without_prefix(state_dict, find_prefix(state_dict, known), classifier)
 
 
 def fit_state_dict(state_dict: Mapping[str, Any], model: Any, strict: bool = True) -> Mapping[str, Any]:
@@ -106,21 +109,35 @@ def fit_state_dict(state_dict: Mapping[str, Any], model: Any, strict: bool = Tru
             the message says what to write.
     """
     own = model.state_dict()
+    if all(_is_like(value, own.get(key)) for key, value in state_dict.items()):
+        return state_dict
     check_names(state_dict)
     check_kinds(state_dict, own)
-    if all(key in own and own[key].shape == value.shape for key, value in state_dict.items()):
-        return state_dict
     known = _known_names(model)
-    prefix = find_prefix(state_dict, known)
-    if prefix and (strict or not any(key in known for key in state_dict)):
+    start = find_prefix(state_dict, known)
+    if not start:
+        within = [part for key in state_dict if without_wrappers(key) in known for part in key.split('.')]
+        start = next((f'{part}.' for part in within if part in WRAPPERS), '')
+    if start and (strict or not any(key in known for key in state_dict)):
         raise WeightsMismatchError(
-            f"The names of the weights begin with '{prefix}', those of {own_name(model)} do not. Take it off: "
-            f'load_state_dict(kw_timm.weights.unwrap_weights(weights, model)), or let kw_timm.load_checkpoint(model, '
-            f'FILE) do it.'
+            f"The names of the weights begin with '{start}' or have it within, those of {own_name(model)} do not. Take "
+            f'it off by load_state_dict(kw_timm.weights.unwrap_weights(weights, model)), or let '
+            f'kw_timm.load_checkpoint(model, FILE) do it.'
         )
     weights = to_timm_state_dict(state_dict, model, strict)
     check_kinds(weights, own)
     return weights
+
+
+def _is_like(value: Any, own: Any) -> bool:
+    return (
+        own is not None
+        and isinstance(value, torch.Tensor)
+        and value.dtype == own.dtype
+        and not value.is_nested
+        and value.layout == own.layout
+        and value.shape == own.shape
+    )
 
 
 def check_fits(weights: Mapping[str, Any], model: nn.Module, strict: bool = True) -> None:

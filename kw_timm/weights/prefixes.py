@@ -5,20 +5,21 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from .errors import WeightsMismatchError
+from .sound import first_few
 
-__all__ = ['find_prefix', 'without_prefix', 'without_wrappers']
+__all__ = ['WRAPPERS', 'find_prefix', 'without_prefix', 'without_wrappers']
 
 # Modules of torch's wrappers; no network has such names itself.
-_WRAPPERS = ('_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_forward_module')
+WRAPPERS = ('_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_forward_module')
 # Where the names of these begin, a KW network's begin, whichever variant's.
 _WAREHOUSES = ('warehouses.', 'warehouse_manager.weights.')
 
 
 def without_wrappers(key: str) -> str:
     """Return a name without the parts that ``torch.compile``, FSDP and checkpointing put anywhere into it."""
-    if not any(part in key for part in _WRAPPERS):
+    if not any(part in key for part in WRAPPERS):
         return key
-    return '.'.join(part for part in key.split('.') if part not in _WRAPPERS)
+    return '.'.join(part for part in key.split('.') if part not in WRAPPERS)
 
 
 def find_prefix(keys: Iterable[str], known: Collection[str]) -> str:
@@ -55,25 +56,25 @@ def find_prefix(keys: Iterable[str], known: Collection[str]) -> str:
     ]
     if rivals:
         raise WeightsMismatchError(
-            f'The weights hold the network {len(rivals) + 1} times, as {", ".join(sorted([best, *rivals])[:4])}. '
+            f'The weights hold the network {len(rivals) + 1} times, under {first_few(sorted([best, *rivals]))} each. '
             f"kw_timm.load_checkpoint(model, FILE, prefix='{best.removesuffix('.')}') takes one of them."
         )
     return best
 
 
-def without_prefix(state_dict: Mapping[str, Any], prefix: str, known: Collection[str] = ()) -> dict[str, Any]:
+def without_prefix(state_dict: Mapping[str, Any], prefix: str, beside: Collection[str] = ()) -> dict[str, Any]:
     """Return the tensors whose names begin with a prefix, without it.
 
     Args:
         state_dict: Weights.
         prefix: What the names begin with, up to a dot.
-        known: Names that are taken as they are, or without ``head.``, where none has them with the prefix: frameworks
-            keep a classifier beside the backbone.
+        beside: Names that are taken without the prefix too, as they are or behind ``head.``: of a classifier, which
+            frameworks keep beside the backbone.
     """
     part = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     if prefix:
         for key, value in state_dict.items():
-            name = next((name for name in (key, key.removeprefix('head.')) if name in known), None)
+            name = next((name for name in (key, key.removeprefix('head.')) if name in beside), None)
             if name is not None and not key.startswith(prefix):
                 part.setdefault(name, value)
     return part

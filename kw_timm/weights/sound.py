@@ -36,7 +36,7 @@ def check_names(weights: Mapping[Any, Any]) -> None:
     for key, value in weights.items():
         if not isinstance(key, str):
             raise WeightsMismatchError(
-                f'The weights have the name {str(key):.40}, which is of type {type(key).__name__}; names are text. '
+                f'The weights have the name {key!s:.40}, which is of type {type(key).__name__}; names are text. '
                 f'Name them as state_dict() does.'
             )
         if isinstance(value, Mapping) and any(isinstance(inner, torch.Tensor) for inner in value.values()):
@@ -103,8 +103,8 @@ def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
     bad = [key for key, value in weights.items() if not _is_finite(value)]
     if bad:
         raise WeightsMismatchError(
-            f'The weights hold NaN or infinite numbers, in {first_few(bad)}: training diverged, or the file is damaged. '
-            f'Take an earlier checkpoint, or fetch the file again.'
+            f'The weights hold NaN or infinite numbers, in {first_few(bad)}: training diverged, or the file is '
+            f'damaged. Take an earlier checkpoint, or fetch the file again.'
         )
 
 

@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-import timm
-import torch
-
 from .key_tables import rename, timm_names
+from .skeletons import create_skeleton
 from .variants import shapes_of
 
 __all__ = ['STATIC_NETWORKS', 'identify_static', 'static_names', 'static_to_reference', 'static_to_timm']
@@ -29,11 +27,10 @@ _STEMS = ('conv1.weight', 'conv_stem.weight', 'stem.0.weight')
 @lru_cache(maxsize=1)
 def _trunk_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
     """Return, per network, the shapes that tell it from the others, under timm's names."""
-    shapes = {}
-    with torch.device('meta'):
-        for name in STATIC_NETWORKS:
-            state_dict = timm.create_model(name).state_dict()
-            shapes[name] = {k: tuple(v.shape) for k, v in state_dict.items() if not k.startswith((*_HEADS, *_STEMS))}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name in STATIC_NETWORKS:
+        found = shapes_of(create_skeleton(name).state_dict())
+        shapes[name] = {key: shape for key, shape in found.items() if not key.startswith((*_HEADS, *_STEMS))}
     return shapes
 
 

@@ -11,6 +11,7 @@ import torch
 from .errors import WeightsMismatchError
 from .key_tables import rename, timm_names
 from .protocol import KWModel
+from .skeletons import create_skeleton
 
 __all__ = [
     'OURS',
@@ -50,8 +51,7 @@ class Variant:
 @lru_cache
 def variant(name: str) -> Variant:
     """Return what the weights of a registered variant look like."""
-    with torch.device('meta'):
-        model: Any = timm.create_model(name)
+    model = create_skeleton(name)
     return Variant(model.family, shapes_of(model.state_dict()), model_shapes(model))
 
 
@@ -120,25 +120,35 @@ def identify_variant(state_dict: Mapping[str, Any]) -> str | None:
 
 
 def candidates(state_dict: Mapping[str, Any]) -> list[str]:
-    """Return the variants that weights can be of: their warehouses are such, and no others have more tensors like theirs.
+    """Return the variants that weights can be of: with such warehouses, and with as many tensors like theirs as any.
 
     Args:
         state_dict: Weights under either naming scheme, or a part of them.
     """
-    if not any(key.startswith((OURS, REFERENCE_WAREHOUSE)) or '.attention.' in key for key in state_dict):
+    warehouses = _warehouses(shapes_of(state_dict))
+    if not warehouses and not any('.attention.' in key for key in state_dict):
         return []
+    fitting = [name for name in timm.list_models('kw*') if _hold(warehouses, variant(name).warehouses)]
+    if warehouses and len(fitting) < 2:
+        return fitting
     likeness: dict[str, int] = {}
-    for name in timm.list_models('kw*'):
+    for name in fitting:
         known = variant(name)
         found = shapes_of(own_names(state_dict, known.family, list(known.warehouses)))
-        warehouses = _warehouses(found)
-        if any(not _fits(key, shape, known.warehouses.get(key)) for key, shape in warehouses.items()):
-            continue
         telling = [key for key in found if not key.startswith((*_FREE, OURS))]
         alike = sum(found[key] == known.tensors.get(key) for key in telling)
         if warehouses or (telling and alike == len(telling)):
             likeness[name] = alike
     return [name for name, alike in likeness.items() if alike == max(likeness.values())]
+
+
+def _hold(found: Shapes, expected: Shapes) -> bool:
+    """Say whether warehouses, by name or by the reference's number, are among those of a variant."""
+    names = dict(enumerate(expected))
+    return all(
+        _fits(name, shape, expected.get(name))
+        for name, shape in ((names.get(int(key), key) if key.isdecimal() else key, s) for key, s in found.items())
+    )
 
 
 def check_variant(
@@ -153,32 +163,43 @@ def check_variant(
         given: The weights as they were, where the reference's numbers stood for the warehouses of the model.
     """
     found, expected, name = _warehouses(shapes_of(weights)), model_shapes(model), own_name(model)
-    if not found:
-        if strict and (static := _static_layer(weights, model)) is not None:
-            raise WeightsMismatchError(
-                f'The weights hold no warehouse: they are those of a static network, the model is {name}, whose '
-                f"'{static}' has no weight of its own. Load weights of a KW variant, or create the static network "
-                f"(timm's own) for these."
+    own = shapes_of(model.state_dict())
+    if not found and strict and not any('.attention.' in key for key in weights):
+        static = _static_layer(weights, model)
+        alike = sum(key in own for key in weights)
+        if static is not None or 2 * alike < len(weights):
+            why = (
+                f"'{static}' has no weight of its own" if static else f'{alike} of the {len(weights)} tensors are found'
             )
-        return
+            raise WeightsMismatchError(
+                f'The weights hold no warehouse: they are those of a static network, the model is {name}, where {why}. '
+                f"Load weights of a KW variant, or create the static network (timm's own) for these."
+            )
     others = {key: shape for key, shape in found.items() if not _fits(key, shape, expected.get(key))}
     if others:
         # A file has all warehouses, a network may have lost some: to feature extraction, or with its classifier.
         whole = _unpruned(model)
         others = {key: s for key, s in others.items() if key in expected or not _fits(key, s, whole.get(key))}
-    if not others:
+    theirs = []
+    if others or any(_tells(key) and own.get(key, shape) != shape for key, shape in shapes_of(weights).items()):
+        theirs = candidates(weights if given is None else given)
+    if not others and (not theirs or name in theirs):
         return
-    theirs = candidates(weights if given is None else given)
+    about = f'warehouses {_describe(found)}' if found else f'{len(weights)} tensors without warehouses'
     raise WeightsMismatchError(
-        f'The weights are of {" or ".join(theirs) or "no released variant"} (warehouses {_describe(found)}), '
+        f'The weights are of {" or ".join(theirs) or "no released variant"} ({about}), '
         f'the model is {name} (warehouses {_describe(expected)}). '
         + (f"Create the model with timm.create_model('{theirs[0]}')" if theirs else 'Create the model that was trained')
         + f', or load weights of {name}.'
     )
 
 
+def _tells(key: str) -> bool:
+    return '.attention.' in key and not key.startswith(_FREE)
+
+
 def _warehouses(shapes: Shapes) -> Shapes:
-    """Return the warehouses among tensors, by their names; a number stays where it is of no known warehouse."""
+    """Return the warehouses among tensors, by their names or by the numbers of the reference."""
     found = {}
     for key, shape in shapes.items():
         for start in (OURS, REFERENCE_WAREHOUSE):
