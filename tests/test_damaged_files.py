@@ -13,6 +13,7 @@ import torch
 from damaged_files import Damaged, damaged_file
 from hub_support import leftovers
 from kw_hub.cli import main
+from safetensors.torch import load_file, save
 
 import kw_timm
 from kw_timm.weights import to_reference_state_dict
@@ -99,6 +100,41 @@ def test_damaged_files_are_loaded_or_not(tmp_path, capsys):
 def test_damaged_files_are_verified_and_converted(tmp_path, capsys):
     became = try_files(range(200, 220), timm.create_model(NAME), tmp_path, capsys, ('verify', 'convert'))
     assert became[False] > 10
+
+
+CONFIG, ANSWER = 'config.json', 'known_answer.safetensors'
+FOLDERS: dict[str, tuple[str, bytes]] = {
+    'record: no JSON': ('weights.json', b'{'),
+    'record: a list': ('weights.json', b'[]'),
+    'record: of other types': ('weights.json', b'{"file": 3, "size": "x", "sha256": null}'),
+    'record: nested': ('weights.json', b'[' * 100_000),
+    'config: no JSON': (CONFIG, b'\xff'),
+    'config: a list': (CONFIG, b'[1]'),
+    'config: empty': (CONFIG, b'{}'),
+    'config: unknown': (CONFIG, b'{"architecture": "no_such_network"}'),
+    'config: of other types': (CONFIG, b'{"architecture": 3, "num_classes": "x"}'),
+    'config: other classes': (CONFIG, b'{"architecture": "kw1d4x_resnet18", "num_classes": 7}'),
+    'config: arguments': (CONFIG, b'{"architecture": "kw1d4x_resnet18", "model_args": {"x": 3}}'),
+    'answer: cut off': (ANSWER, b'x' * 9),
+    'answer: no input': (ANSWER, save({'logits': torch.zeros(2)})),
+    'answer: no image': (ANSWER, save({'input': torch.zeros(2), 'logits': torch.zeros(2)})),
+    'answer: another': (ANSWER, save({'input': torch.zeros(1, 3, 32, 32), 'x': torch.zeros(2)})),
+}
+
+
+@pytest.mark.parametrize('what', FOLDERS)
+def test_damaged_folders(what, stored, capsys):
+    name, content = FOLDERS[what]
+    (stored / name).write_bytes(content)
+    assert not runs(['verify', str(stored)], Damaged(stored / name, what, False), capsys)
+
+
+def test_a_folder_with_numbers_that_are_none(stored, capsys):
+    weights = load_file(stored / 'model.safetensors')
+    weights['bn1.weight'][0] = float('nan')
+    (stored / 'model.safetensors').write_bytes(save(weights))
+    (stored / 'weights.json').unlink()
+    assert not runs(['verify', str(stored)], Damaged(stored / 'model.safetensors', 'NaN', False), capsys)
 
 
 @pytest.mark.slow

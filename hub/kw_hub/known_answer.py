@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from kw_timm.weights.errors import in_one_line
+from kw_timm.weights.sound import first_few
+
 from .errors import HubError
 
 __all__ = ['KNOWN_ANSWER', 'check_answer', 'write_answer']
@@ -51,21 +54,24 @@ def check_answer(model: Any, folder: Path) -> float:
     """
     try:
         expected = load_file(folder / KNOWN_ANSWER)
-        images = expected.pop('input')
+        answers = answer(model.double().eval(), expected.pop('input').double())
     except Exception as error:
         raise HubError(
-            f"'{folder / KNOWN_ANSWER}' cannot be read ({error}). Fetch or convert the weights again."
+            f"'{folder / KNOWN_ANSWER}' cannot be read or is another network's ({in_one_line(error)}). Fetch or "
+            f'convert the weights again.'
         ) from error
-    answers = answer(model.double().eval(), images.double())
     if answers.keys() != expected.keys():
-        raise HubError(f"'{folder / KNOWN_ANSWER}' is another network's: it has {', '.join(expected)}.")
+        raise HubError(
+            f"'{folder / KNOWN_ANSWER}' is another network's: it has {first_few(list(expected))}. Fetch or convert the "
+            f'weights again.'
+        )
     worst = 0.0
     for key, value in expected.items():
         difference = _difference(answers[key], value)
         if not difference <= TOLERANCE:
             raise HubError(
-                f"The network answers differently than when it was converted: '{key}' differs by {difference:.2g} "
-                f'(relative), at most {TOLERANCE:g} is rounding. The weights or the code changed.'
+                f"The network in '{folder}' answers differently than when it was converted: '{key}' differs by "
+                f'{difference:.2g} (relative), at most {TOLERANCE:g} is rounding. The weights or the code changed.'
             )
         worst = max(worst, difference)
     return worst
@@ -73,6 +79,6 @@ def check_answer(model: Any, folder: Path) -> float:
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return the largest difference relative to the largest number; networks without training may answer all zeros."""
-    if a.shape != b.shape:
+    if a.shape != b.shape or a.dtype != b.dtype:
         return float('inf')
     return 0.0 if torch.equal(a, b) else float((a - b).abs().max() / b.abs().max())

@@ -8,6 +8,8 @@ import timm
 from safetensors.torch import load_file
 
 import kw_timm.models  # noqa: F401  (registers the KW networks)
+from kw_timm.weights.errors import in_one_line
+from kw_timm.weights.sound import check_finite
 from kw_timm.weights.store import RECORD, WEIGHTS, check_stored, hub_file, hub_revision, sha256_of
 
 from .errors import HubError
@@ -88,15 +90,20 @@ def _check_digest(file: Path, entry: Entry) -> None:
 
 def _check_network(folder: Path) -> list[str]:
     try:
-        config: dict[str, Any] = json.loads((folder / 'config.json').read_text())
-        load_file(folder / WEIGHTS)
+        config: dict[str, Any] = dict(json.loads((folder / 'config.json').read_text()))
+        check_finite(load_file(folder / WEIGHTS))
     except Exception as error:
-        raise HubError(f"'{folder}' cannot be read ({error}). Convert or fetch the weights again.") from error
+        raise HubError(
+            f"'{folder}' cannot be read ({in_one_line(error)}). Convert or fetch the weights again."
+        ) from error
     try:
         # As a user loads it: strictly, through timm.
         model = timm.create_model(f'local-dir:{folder}', pretrained=True)
-    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise HubError(f"'{folder}' does not load: its weights do not fit its config.json. {error}") from error
+    except Exception as error:
+        raise HubError(
+            f"'{folder}' does not load, its weights do not fit its config.json: {in_one_line(error)} Convert or fetch "
+            f'the weights again.'
+        ) from error
     parameters = sum(parameter.numel() for parameter in model.parameters())
     done = [f'{config["architecture"]} loads strictly: {parameters:,} parameters']
     entry = next((e for e in load_manifest() if e.kind != 'detector' and e.network == config['architecture']), None)

@@ -13,8 +13,8 @@ __all__ = ['EMA_KEYS', 'select_weights']
 EMA_KEYS = ('model_ema', 'state_dict_ema', 'ema_state_dict')
 _PLAIN_KEYS = ('model', 'state_dict', 'model_state_dict')
 _DEPTH = 4
-# How many tensors torch.optim.swa_utils has averaged; it is beside the averaged network.
-_COUNTERS = ('n_averaged',)
+# How often torch.optim.swa_utils and mmengine have averaged; beside the averaged network, which is their `module`.
+_COUNTERS = ('n_averaged', 'steps')
 
 
 def select_weights(checkpoint: Any, use_ema: bool = True) -> tuple[dict[str, torch.Tensor], str]:
@@ -48,7 +48,7 @@ def select_weights(checkpoint: Any, use_ema: bool = True) -> tuple[dict[str, tor
             name = name.removeprefix('module.')
         # Of two that would get one name, e.g. a network and its average, neither is lost.
         unwrapped[key if name in unwrapped else name] = value
-    if len(unwrapped) > len(_COUNTERS):
+    if any(key.startswith('module.') for key in tensors):
         for counter in _COUNTERS:
             unwrapped.pop(counter, None)
     return unwrapped, entry

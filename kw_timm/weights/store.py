@@ -147,7 +147,7 @@ def check_stored(folder: Path) -> Path:
         record = json.loads((folder / RECORD).read_text())
         file = folder / record['file']
         size, digest = int(record['size']), str(record['sha256'])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise DamagedWeightsError(
             f"The stored weights in '{folder}' have no readable {RECORD} ({error}). {advice}"
         ) from error
