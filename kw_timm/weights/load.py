@@ -15,7 +15,7 @@ from .errors import WeightsMismatchError, in_one_line
 from .files import check_weight_file, read_weight_file
 from .prefixes import WRAPPERS, find_prefix, without_prefix, without_wrappers
 from .sound import check_finite, check_kinds, check_names, first_few, misfits
-from .variants import own_name
+from .variants import own_name, own_names, warehouse_names
 
 __all__ = ['fit_state_dict', 'load_checkpoint', 'unwrap_weights']
 
@@ -113,6 +113,15 @@ def fit_state_dict(state_dict: Mapping[str, Any], model: Any, strict: bool = Tru
         return state_dict
     check_names(state_dict)
     check_kinds(state_dict, own)
+    if not all(key in own for key in own_names(state_dict, model.family, warehouse_names(state_dict, model))):
+        _check_prefix(state_dict, model, strict)
+    weights = to_timm_state_dict(state_dict, model, strict)
+    check_kinds(weights, own)
+    return weights
+
+
+def _check_prefix(state_dict: Mapping[str, Any], model: Any, strict: bool) -> None:
+    """Raise WeightsMismatchError if names begin with a prefix or have a wrapper's within; if strict, of some of them."""
     known = _known_names(model)
     start = find_prefix(state_dict, known)
     if not start:
@@ -124,9 +133,6 @@ def fit_state_dict(state_dict: Mapping[str, Any], model: Any, strict: bool = Tru
             f'it off by load_state_dict(kw_timm.weights.unwrap_weights(weights, model)), or let '
             f'kw_timm.load_checkpoint(model, FILE) do it.'
         )
-    weights = to_timm_state_dict(state_dict, model, strict)
-    check_kinds(weights, own)
-    return weights
 
 
 def _is_like(value: Any, own: Any) -> bool:

@@ -128,7 +128,13 @@ def candidates(state_dict: Mapping[str, Any]) -> list[str]:
     warehouses = _warehouses(shapes_of(state_dict))
     if not warehouses and not any('.attention.' in key for key in state_dict):
         return []
-    fitting = [name for name in timm.list_models('kw*') if _hold(warehouses, variant(name).warehouses)]
+    fitting = []
+    for name in timm.list_models('kw*'):
+        whole = variant(name).warehouses
+        if _hold(warehouses, whole):
+            fitting.append(name)
+            if len(warehouses) >= len(whole.keys() - {'classifier'}):
+                return [name]  # All of them: no other variant has these.
     if warehouses and len(fitting) < 2:
         return fitting
     likeness: dict[str, int] = {}
