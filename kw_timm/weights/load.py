@@ -121,7 +121,7 @@ def fit_state_dict(state_dict: Mapping[str, Any], model: Any, strict: bool = Tru
 
 
 def _check_prefix(state_dict: Mapping[str, Any], model: Any, strict: bool) -> None:
-    """Raise WeightsMismatchError if names begin with a prefix or have a wrapper's within; if strict, of some of them."""
+    """Raise WeightsMismatchError if names begin with a prefix or have a wrapper's within; if strict, some of them."""
     known = _known_names(model)
     start = find_prefix(state_dict, known)
     if not start:
