@@ -334,10 +334,10 @@ def at_header(rng: random.Random, kind: str, form: str, weights: Weights, path: 
 
 
 def zip_bomb(rng: random.Random, kind: str, form: str, weights: Weights, path: Path, sign: Path) -> Damaged:
-    """Write a checkpoint whose tensor unpacks to a thousand times what the file has."""
+    """Write a checkpoint whose tensor unpacks to a hundred times what there is of it."""
     path = path.with_suffix('.pth')
     made = io.BytesIO()
-    torch.save({**weights, 'bomb': torch.zeros(1 << 22)}, made)
+    torch.save({**weights, 'bomb': torch.zeros(1 << 19)}, made)
     with zipfile.ZipFile(made) as source, zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as target:
         for entry in source.infolist():
             target.writestr(entry.filename, source.read(entry))

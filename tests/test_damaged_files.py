@@ -92,14 +92,14 @@ def try_files(
 
 def test_damaged_files_are_loaded_or_not(tmp_path, capsys):
     small = timm.create_model('kw1x_resnet18', layers=(1, 1, 1, 1), channels=(8, 16, 16, 16), num_classes=10)
-    became = try_files(range(130), small, tmp_path, capsys, ())
-    assert became[False] > 80
+    became = try_files(range(90), small, tmp_path, capsys, ())
+    assert became[False] > 50
     assert became[True] > 10
 
 
 def test_damaged_files_are_verified_and_converted(tmp_path, capsys):
-    became = try_files(range(200, 220), timm.create_model(NAME), tmp_path, capsys, ('verify', 'convert'))
-    assert became[False] > 10
+    became = try_files(range(200, 206), timm.create_model(NAME), tmp_path, capsys, ('verify', 'convert'))
+    assert became[False] > 2
 
 
 CONFIG, ANSWER = 'config.json', 'known_answer.safetensors'
@@ -141,5 +141,5 @@ def test_a_folder_with_numbers_that_are_none(stored, capsys):
 @pytest.mark.timeout(3000)
 def test_a_thousand_damaged_files(tmp_path, capsys):
     became = try_files(range(1000, 2000), timm.create_model(NAME), tmp_path, capsys, ('verify', 'convert'))
-    assert became[False] > 600
+    assert became[False] > 500
     assert became[True] > 60

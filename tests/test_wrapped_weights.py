@@ -1,6 +1,7 @@
 """Weights in the wrappings and parts in which training programs leave them."""
 
 import json
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import kw_timm
 from kw_timm.weights import WeightsMismatchError, to_reference_state_dict, unwrap_weights
+from kw_timm.weights.skeletons import create_skeleton
 
 SMALL = dict(layers=(1, 1, 1, 1), channels=(8, 16, 16, 16), num_classes=10)
 NETWORKS = {
@@ -290,13 +292,15 @@ def test_a_folder_of_distributed_checkpoints(network, empty, tmp_path):
         kw_timm.load_checkpoint(empty, tmp_path / 'dcp')
 
 
+skeleton = lru_cache(create_skeleton)
+
+
 @pytest.mark.parametrize('part', ['all', 'a stage', 'a warehouse', 'no warehouse'])
 @pytest.mark.parametrize(
     ('theirs', 'ours'), [('kw4x_resnet18', 'kw1d4x_resnet18'), ('kw1x_mobilenetv2_050', 'kw1d2x_mobilenetv2_100')]
 )
 def test_another_variants_part_is_refused_and_named(part, theirs, ours):
-    with torch.device('meta'):
-        source, model = timm.create_model(theirs), timm.create_model(ours)
+    source, model = skeleton(theirs), skeleton(ours)
     chosen = PARTS.get(part, lambda key: True)
     weights = {key: value for key, value in source.state_dict().items() if chosen(key)}
     for strict in (True, False):
