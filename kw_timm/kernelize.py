@@ -104,8 +104,9 @@ def kernelize(
         added = _Warehouses(made)
     except KeyError as error:
         raise ValueError(f'The plan has an unusable warehouse name: {error.args[0]}.') from error
+    added.train(model.training)
     if registered is None:
-        registered = model.warehouses = added
+        registered = _register_first(model, added)
     else:
         registered.update(added)
     for layer, replacement in replacements.items():
@@ -113,6 +114,16 @@ def kernelize(
         parent, _, child = layer.rpartition('.')
         setattr(modules[parent], child, replacement)
     return registered
+
+
+def _register_first(model: nn.Module, warehouses: nn.ModuleDict) -> nn.ModuleDict:
+    """Make warehouses a network's first child, so that ``children()[:-k]`` leaves out what it always left out."""
+    model.warehouses = warehouses
+    if isinstance(model, nn.Sequential | nn.ModuleList):
+        return warehouses  # Whose children are numbered.
+    for name in [name for name in model._modules if name != 'warehouses']:
+        model._modules[name] = model._modules.pop(name)
+    return warehouses
 
 
 def drop_unused_warehouses(model: nn.Module) -> list[str]:

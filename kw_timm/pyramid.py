@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import models  # noqa: F401  (registers the KW networks)
+from .layers import Warehouse
 from .padding import without_padding
 from .weights import read_weight_file
 from .weights.detectors import OUT_NORM, backbone_part
@@ -318,7 +319,8 @@ class PyramidFeatures(nn.Module):
             self.load_state_dict({key: value for key, value in norms.items() if key in self.state_dict()}, strict=False)
 
     def _frozen_parameters(self) -> list[nn.Parameter]:
-        return [p for name in self._frozen for p in self.model.get_submodule(name).parameters()]
+        cells = {p for module in self.model.modules() if isinstance(module, Warehouse) for p in module.parameters()}
+        return [p for name in self._frozen for p in self.model.get_submodule(name).parameters() if p not in cells]
 
 
 def _checkpoint(name: str, model: Any) -> None:
@@ -352,14 +354,15 @@ def _names_up_to(model: nn.Module, info: list[dict[str, Any]], frozen_stages: in
         return []
     trunk = info[0]['module'].partition('.')[0]  # e.g. 'layer1', 'blocks', 'stages'
     names = []
-    for name, _ in model.named_children():
+    children = [(name, child) for name, child in model.named_children() if name != 'warehouses']
+    for name, _ in children:
         if name == trunk:
             break
         names.append(name)
     if frozen_stages == 0:
         return names
     last = info[frozen_stages - 1]['module']
-    for top, child in list(model.named_children())[len(names) :]:
+    for top, child in children[len(names) :]:
         nested = last.startswith(f'{top}.')
         members = [f'{top}.{sub}' for sub, _ in child.named_children()] if nested else [top]
         for member in members:

@@ -239,11 +239,19 @@ def test_bad_inputs(shape, message):
         optimize_for_inference(small())(torch.zeros(shape))
 
 
-def test_part_of_a_network_without_its_warehouse():
+@torch.no_grad()
+@pytest.mark.parametrize('kw', [{}, dict(memory_budget=0), dict(memory_budget=0, storage=torch.bfloat16)])
+def test_part_of_a_network_without_its_warehouse(kw):
     net = small()
     part = nn.Sequential(net.first, net.second)
-    with pytest.raises(ValueError, match='arehouse'):
-        optimize_for_inference(part, memory_budget=0)
+    x = torch.randn(2, net.first.in_channels, 8, 8)
+    fast = optimize_for_inference(part, **kw)
+    assert difference(fast, part, x) < (1e-2 if 'storage' in kw else 1e-5)
+    # What bases do not replace comes along, once, and moves with the part.
+    stores = [name for name in fast.state_dict() if name.endswith('store.cells')]
+    assert stores == [name for name, _ in fast.named_buffers() if name.endswith('store.cells')]
+    assert len(stores) == 1
+    assert all(buffer.is_meta for buffer in fast.to('meta').buffers())
 
 
 @torch.no_grad()

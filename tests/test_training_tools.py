@@ -74,9 +74,10 @@ def test_freeze_and_unfreeze(model):
     assert all(p.requires_grad for p in model.parameters())
     name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, KWLayer))
     freeze(model, [name])
-    frozen = {key for key, p in model.named_parameters() if not p.requires_grad}
-    # The layer's cells are the warehouse's to freeze.
-    assert frozen == {f'{name}.{key}' for key, _ in layer.named_parameters()}
+    frozen = {id(p) for p in model.parameters() if not p.requires_grad}
+    # Its cells included: a frozen layer's function does not change.
+    assert frozen == {id(p) for p in layer.parameters()}
+    assert not layer.__dict__['warehouse'].weight.requires_grad
     freeze(model, ['warehouses'])
     assert not any(w.weight.requires_grad for w in model.warehouses.values())
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..layers import KWLayer, KWLinear
 from ..layers.kw_layers import describe, map_tokens
+from ..layers.shared import SharedModule, SharingLayer
 from ..ops import convolve_fixed
 from .attention import FoldedAttention, as_affine
 
@@ -52,7 +53,7 @@ class MixingWork:
         return max(self.bytes, self.flops / _FLOPS_PER_BYTE)
 
 
-class CellStore(nn.Module):
+class CellStore(SharedModule):
     """A warehouse's cells as inference reads them.
 
     Attributes:
@@ -108,7 +109,7 @@ def _relative_error(approximate: torch.Tensor, exact: torch.Tensor) -> float:
     return float((approximate - exact).norm() / norm) if norm > 0 else 0.0
 
 
-class OptimizedKWLayer(nn.Module):
+class OptimizedKWLayer(SharingLayer):
     """A KW layer at fixed weights; made by :func:`kw_timm.optimize_for_inference`.
 
     Args:
@@ -122,6 +123,7 @@ class OptimizedKWLayer(nn.Module):
         As of the layer.
     """
 
+    shares = 'store'
     bias: torch.Tensor | None
     factors: torch.Tensor | None
     bases: torch.Tensor | None

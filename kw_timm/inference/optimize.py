@@ -213,11 +213,6 @@ def _build(
     norms = norms_behind(model, layers)
     for name, layer in layers.items():
         warehouse = layer.__dict__['warehouse']
-        if id(warehouse) not in names:
-            raise ValueError(
-                f"The layer '{name}' uses a warehouse that is not in this {type(model).__name__}. Pass the network "
-                f'that holds both.'
-            )
         if name not in planned and id(warehouse) not in stores:
             store = stores[id(warehouse)] = CellStore(warehouse.weight, report.storage)
             made[names[id(warehouse)]] = store
@@ -245,12 +240,15 @@ def _copy_with(model: nn.Module, made: dict[str, nn.Module]) -> nn.Module:
     """Copy a network with other modules in the places of some; warehouses that got no other are left out."""
     memo: dict[int, object] = {}
     unused: list[str] = []
+    # Layers of a part of a network bring their warehouse along, which is then no module's child.
+    brought = {f'{name}.{m.shares}'.lstrip('.') for name, m in model.named_modules() if isinstance(m, KWLayer)}
     for name, module in model.named_modules():
         if name in made:
             memo[id(module)] = made[name]
         elif isinstance(module, Warehouse):
             memo[id(module)] = nn.Identity()
-            unused.append(name)
+            if name not in brought:
+                unused.append(name)
     result = copy.deepcopy(model, memo).eval()
     for name in unused:
         parent, _, child = name.rpartition('.')

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..ops import ConvSpec, Padding, kernel_warehouse_conv
 from .attention import KWAttention, NormLayer
+from .shared import SharingLayer, known_to_trace
 from .warehouse import Warehouse
 
 __all__ = ['KWConv1d', 'KWConv2d', 'KWConv3d', 'KWLayer', 'KWLinear']
@@ -18,7 +19,7 @@ __all__ = ['KWConv1d', 'KWConv2d', 'KWConv3d', 'KWLayer', 'KWLinear']
 torch.fx.wrap('kernel_warehouse_conv')
 
 
-class KWLayer(nn.Module):
+class KWLayer(SharingLayer):
     """Base of the KernelWarehouse layers; use one of the subclasses.
 
     Args:
@@ -30,7 +31,8 @@ class KWLayer(nn.Module):
         dilation: Dilation, likewise.
         groups: Groups.
         bias: Learn a bias, which does not depend on the sample.
-        warehouse: Cells that the layer's kernel is made of. It is referred to, not registered: the network owns it.
+        warehouse: Cells that the layer's kernel is made of. It is referred to, not registered: the network owns it, and
+            registers it before its layers.
         index: The layer's position among the kernel shapes that the warehouse was made for.
         reduction: Hidden width of the attention relative to ``in_channels``.
         nonlocal_basis_ratio: See :class:`~kw_timm.layers.KWAttention`.
@@ -55,6 +57,7 @@ class KWLayer(nn.Module):
         torch.Size([2, 8, 5, 5])
     """
 
+    shares = 'warehouse'
     spatial_axes: int
 
     def __init__(
@@ -129,7 +132,9 @@ class KWLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve each sample of ``x: (B, C, *spatial)`` with its own kernel."""
-        return kernel_warehouse_conv(x, self.attention(x), self.__dict__['warehouse'].weight, self.bias, self.spec)
+        warehouse = self.__dict__['warehouse']
+        cells = known_to_trace(warehouse, warehouse.weight) if torch.jit.is_tracing() else warehouse.weight
+        return kernel_warehouse_conv(x, self.attention(x), cells, self.bias, self.spec)
 
     def extra_repr(self) -> str:
         """Return the arguments of the static layer."""

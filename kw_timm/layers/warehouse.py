@@ -7,15 +7,17 @@ import torch
 from torch import nn
 
 from .partition import KernelShape, Partition, partition_kernels
+from .shared import SharedModule
 
 __all__ = ['Warehouse']
 
 
-class Warehouse(nn.Module):
+class Warehouse(SharedModule):
     """Kernel cells that a group of layers shares.
 
-    The network registers its warehouses (as ``warehouses.<name>``); layers only refer to them, so that every cell is
-    listed once in state dicts, optimizers and data-parallel wrappers.
+    The network registers its warehouses (as ``warehouses.<name>``, before everything else); layers only refer to them,
+    so that every cell is listed once in state dicts, optimizers and data-parallel wrappers. Layers that were taken out
+    of the network bring their cells along, see :mod:`kw_timm.layers.shared`.
 
     Attributes:
         weight: The cells, ``(n, co, ci, *window)``.
