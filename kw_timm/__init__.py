@@ -3,12 +3,14 @@
 from . import models
 from .inference import mixing_work, optimization_report, optimize_for_inference
 from .kernelize import WarehousePlan, kernelize
+from .plans import PlanSizes, plan_sizes
 from .temperature import TemperatureSchedule, get_temperature, set_temperature
 from .weights import load_checkpoint
 
 __version__ = '0.1.0'
 
 __all__ = [
+    'PlanSizes',
     'TemperatureSchedule',
     'WarehousePlan',
     '__version__',
@@ -19,5 +21,6 @@ __all__ = [
     'models',
     'optimization_report',
     'optimize_for_inference',
+    'plan_sizes',
     'set_temperature',
 ]

@@ -1,23 +1,17 @@
 """Turn layers of an existing network into KernelWarehouse layers, from a plan."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from timm.layers import Conv2dSame
 from torch import nn
 
-from .layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear, Warehouse
+from .layers import KWLayer, KWLinear, Warehouse
 from .layers.attention import NormLayer
+from .plans import WarehousePlan, check_sizes, kernel_shape, plan_sizes
+from .replaceable import check_replaceable, counterpart
 
 __all__ = ['WarehousePlan', 'drop_unused_warehouses', 'kernelize']
-
-_CONVS: dict[type[nn.Module], type[KWLayer]] = {
-    nn.Conv1d: KWConv1d,
-    nn.Conv2d: KWConv2d,
-    nn.Conv3d: KWConv3d,
-    Conv2dSame: KWConv2d,
-}
 
 
 class _Warehouses(nn.ModuleDict):
@@ -27,31 +21,12 @@ class _Warehouses(nn.ModuleDict):
         return x
 
 
-@dataclass(frozen=True)
-class WarehousePlan:
-    """One warehouse: the layers that share it, and its ratios.
-
-    Attributes:
-        layers: Names of the layers, as ``named_modules`` gives them; their order does not matter.
-        cell_num_ratio: Cells per mixture, the budget ``b``.
-        cell_inplane_ratio: Cell input channels relative to the layers' greatest common divisor.
-        cell_outplane_ratio: Cell output channels relative to the layers' greatest common divisor.
-        reduction: Hidden width of the attention relative to a layer's input channels.
-        nonlocal_basis_ratio: Below 1, cells of other layers are reached through a basis of this relative size.
-        spatial_partition: Cut spatial positions apart (cells are 1x1).
-    """
-
-    layers: Sequence[str]
-    cell_num_ratio: float = 1.0
-    cell_inplane_ratio: float = 1.0
-    cell_outplane_ratio: float = 1.0
-    reduction: float = 1 / 16
-    nonlocal_basis_ratio: float = 1.0
-    spatial_partition: bool = True
-
-
 def kernelize(
-    model: nn.Module, plan: Mapping[str, WarehousePlan], norm_layer: NormLayer = nn.BatchNorm1d
+    model: nn.Module,
+    plan: Mapping[str, WarehousePlan],
+    norm_layer: NormLayer = nn.BatchNorm1d,
+    *,
+    max_weights: float | None = None,
 ) -> nn.ModuleDict:
     """Replace planned layers of a network by KW layers, in place, and allocate their warehouses.
 
@@ -63,13 +38,18 @@ def kernelize(
         plan: Warehouse name -> layers and ratios.
         norm_layer: Norm within the attention: ``nn.BatchNorm1d`` (with a bias-free first linear layer) or
             ``nn.LayerNorm``.
+        max_weights: Most weights that the plan may make, in cells and attentions; None for 20 times those of the
+            kernels that are replaced (at least 10 million), ``math.inf`` for any number.
+            :func:`~kw_timm.plan_sizes` shows what a plan makes.
 
     Returns:
         The network's warehouses.
 
     Raises:
-        ValueError: If the plan names a layer that is missing, of another type, planned twice or otherwise
-            unsuitable, or if a warehouse cannot be partitioned. The network is then unchanged.
+        ValueError: If the plan names a layer that is missing, of another type or planned twice; one whose weight is
+            tied, parametrized, pruned, or read by the module above it instead of the layer being called; one with
+            hooks; if a warehouse cannot be partitioned; or if the plan makes too many weights. Nothing is allocated,
+            and the network is unchanged.
 
     Example:
         >>> model = timm.create_model('resnet18')
@@ -78,32 +58,12 @@ def kernelize(
     modules = dict(model.named_modules())
     order = {name: i for i, name in enumerate(modules)}
     registered = getattr(model, 'warehouses', None)
-    _check_plan(plan, modules, registered)
+    _check_plan(model, plan, modules, registered)
 
-    made: dict[str, Warehouse] = {}
-    replacements: dict[str, KWLayer] = {}
-    for name, entry in plan.items():
-        layers = sorted(entry.layers, key=order.__getitem__)
-        first = next(modules[layers[0]].parameters())
-        factory: dict[str, Any] = {'device': first.device, 'dtype': first.dtype}
-        try:
-            made[name] = Warehouse(
-                [_kernel_shape(modules[layer]) for layer in layers],
-                entry.cell_num_ratio,
-                entry.cell_inplane_ratio,
-                entry.cell_outplane_ratio,
-                entry.spatial_partition,
-                **factory,
-            )
-            for i, layer in enumerate(layers):
-                replacements[layer] = _kw_layer(modules[layer], made[name], i, entry, norm_layer, factory)
-        except ValueError as error:
-            raise ValueError(f"Warehouse '{name}' of layers {', '.join(layers)}: {error}") from error
-
-    try:
-        added = _Warehouses(made)
-    except KeyError as error:
-        raise ValueError(f'The plan has an unusable warehouse name: {error.args[0]}.') from error
+    check_sizes(plan_sizes(model, plan, norm_layer), max_weights)
+    # Without memory at first: what is wrong with a later warehouse shows before any is made.
+    _make(plan, modules, order, norm_layer, 'meta')
+    added, replacements = _make(plan, modules, order, norm_layer)
     added.train(model.training)
     if registered is None:
         registered = _register_first(model, added)
@@ -114,6 +74,39 @@ def kernelize(
         parent, _, child = layer.rpartition('.')
         setattr(modules[parent], child, replacement)
     return registered
+
+
+def _make(
+    plan: Mapping[str, WarehousePlan],
+    modules: Mapping[str, nn.Module],
+    order: Mapping[str, int],
+    norm_layer: NormLayer,
+    device: str | None = None,
+) -> tuple[nn.ModuleDict, dict[str, KWLayer]]:
+    """Make warehouses and layers, on the device of what they replace or on another."""
+    made: dict[str, Warehouse] = {}
+    replacements: dict[str, KWLayer] = {}
+    for name, entry in plan.items():
+        layers = sorted(entry.layers, key=order.__getitem__)
+        first = next(modules[layers[0]].parameters())
+        factory: dict[str, Any] = {'device': device or first.device, 'dtype': first.dtype}
+        try:
+            made[name] = Warehouse(
+                [kernel_shape(modules[layer]) for layer in layers],
+                entry.cell_num_ratio,
+                entry.cell_inplane_ratio,
+                entry.cell_outplane_ratio,
+                entry.spatial_partition,
+                **factory,
+            )
+            for i, layer in enumerate(layers):
+                replacements[layer] = _kw_layer(modules[layer], made[name], i, entry, norm_layer, factory)
+        except ValueError as error:
+            raise ValueError(f"Warehouse '{name}' of layers {', '.join(layers)}: {error}") from error
+    try:
+        return _Warehouses(made), replacements
+    except KeyError as error:
+        raise ValueError(f'The plan has an unusable warehouse name: {error.args[0]}.') from error
 
 
 def _register_first(model: nn.Module, warehouses: nn.ModuleDict) -> nn.ModuleDict:
@@ -144,12 +137,19 @@ def drop_unused_warehouses(model: nn.Module) -> list[str]:
 
 
 def _check_plan(
-    plan: Mapping[str, WarehousePlan], modules: Mapping[str, nn.Module], registered: nn.ModuleDict | None
+    model: nn.Module,
+    plan: Mapping[str, WarehousePlan],
+    modules: Mapping[str, nn.Module],
+    registered: nn.ModuleDict | None,
 ) -> None:
     planned: dict[str, str] = {}
     for name, entry in plan.items():
         if registered is not None and name in registered:
             raise ValueError(f"The network already has a warehouse '{name}'; choose another name.")
+        if not isinstance(entry, WarehousePlan):
+            raise ValueError(f"Warehouse '{name}' needs a WarehousePlan(layers, ...), got {type(entry).__name__}.")
+        if isinstance(entry.layers, str):
+            raise ValueError(f"Warehouse '{name}' needs a list of layers, got the string '{entry.layers}'.")
         if not entry.layers:
             raise ValueError(f"Warehouse '{name}' has no layers.")
         for layer in entry.layers:
@@ -158,17 +158,7 @@ def _check_plan(
             if layer in planned:
                 raise ValueError(f"The layer '{layer}' is planned twice: in '{planned[layer]}' and in '{name}'.")
             planned[layer] = name
-            module = modules[layer]
-            if type(module) not in _CONVS and not isinstance(module, nn.Linear):
-                raise ValueError(
-                    f"Warehouse '{name}' plans the layer '{layer}', but {type(module).__name__} has no KW counterpart. "
-                    f'Plan nn.Conv1d, nn.Conv2d, nn.Conv3d and nn.Linear layers.'
-                )
-
-
-def _kernel_shape(module: Any) -> tuple[int, ...]:
-    shape = tuple(module.weight.shape)
-    return (*shape, 1) if isinstance(module, nn.Linear) else shape
+    check_replaceable(model, planned)
 
 
 def _kw_layer(
@@ -190,20 +180,14 @@ def _kw_layer(
     )
     if isinstance(module, nn.Linear):
         return KWLinear(module.in_features, module.out_features, **shared)
-    if module.padding_mode != 'zeros':
-        raise ValueError(f"padding_mode='{module.padding_mode}' is not supported, only 'zeros'.")
-    padding = module.padding
-    if isinstance(module, Conv2dSame):
-        # Pads by input size in its own forward; only at stride 1 is that a padding known beforehand.
-        if any(stride != 1 for stride in module.stride):
-            raise ValueError('Conv2dSame pads by input size, which is supported at stride 1 only.')
-        padding = 'same'
-    return _CONVS[type(module)](
+    found = counterpart(module)
+    assert found is not None
+    return found[1](
         module.in_channels,
         module.out_channels,
         module.kernel_size,
         module.stride,
-        padding,
+        'same' if isinstance(module, Conv2dSame) else module.padding,
         module.dilation,
         module.groups,
         **shared,

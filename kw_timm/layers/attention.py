@@ -8,7 +8,7 @@ from torch import nn
 
 from .partition import LayerPartition, Partition
 
-__all__ = ['KWAttention', 'NonLocalBasis']
+__all__ = ['KWAttention', 'NonLocalBasis', 'basis_size', 'hidden_width']
 
 NormLayer = Callable[..., nn.Module]
 
@@ -28,6 +28,16 @@ def pool(x: torch.Tensor, channels: int) -> torch.Tensor:
             f'Add a missing batch axis with x.unsqueeze(0): the kernels are computed per sample.'
         )
     return x.flatten(2).mean(-1)
+
+
+def hidden_width(in_channels: int, reduction: float) -> int:
+    """Return the width of an attention's hidden vector."""
+    return max(int(in_channels * reduction), 16)
+
+
+def basis_size(num_nonlocal: int, ratio: float) -> int:
+    """Return how many terms reach the cells of other layers."""
+    return max(int(num_nonlocal * ratio), 16)
 
 
 class KWAttention(nn.Module):
@@ -79,7 +89,7 @@ class KWAttention(nn.Module):
         self.num_cells = partition.num_cells
         self.temperature: float = 0.0
         self._assigned = share.assigned
-        hidden = max(int(in_channels * reduction), 16)
+        hidden = hidden_width(in_channels, reduction)
         self.fc1 = nn.Linear(in_channels, hidden, bias=norm_layer is not nn.BatchNorm1d, device=device, dtype=dtype)
         self.norm1 = norm_layer(hidden, device=device, dtype=dtype)
         self.act1 = nn.ReLU()
@@ -166,7 +176,7 @@ class NonLocalBasis(nn.Module):
                 f'nonlocal_basis_ratio={ratio:g} needs a warehouse that several layers share, but all '
                 f'{partition.num_cells} cells belong to one layer. Use nonlocal_basis_ratio=1 there.'
             )
-        self.size = max(int(self.num_nonlocal * ratio), 16)
+        self.size = basis_size(self.num_nonlocal, ratio)
         self.start = share.start
 
     @property

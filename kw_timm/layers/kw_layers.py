@@ -130,6 +130,16 @@ class KWLayer(SharingLayer):
         """Groups."""
         return self.spec.groups
 
+    def __getattr__(self, name: str) -> Any:
+        # For tools that look for a static layer's weight; `hasattr` is false all the same.
+        if name == 'weight':
+            raise AttributeError(
+                f'{type(self).__name__}({self.extra_repr()}) has no weight, because its kernel is made anew for every '
+                f'sample: call the layer instead of reading its weight, or read the cells in layer.warehouse.weight; '
+                f'what needs a static layer here (such as test-time pooling of a KW classifier) cannot be used.'
+            )
+        return super().__getattr__(name)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve each sample of ``x: (B, C, *spatial)`` with its own kernel."""
         warehouse = self.__dict__['warehouse']

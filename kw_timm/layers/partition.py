@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ['LayerPartition', 'Partition', 'assign_cells', 'partition_kernels']
+__all__ = ['LayerPartition', 'Partition', 'assign_cells', 'cut_kernels', 'partition_kernels']
 
 KernelShape = tuple[int, ...]
 
@@ -83,22 +83,9 @@ def partition_kernels(
         >>> partition_kernels([(64, 64, 3, 3), (64, 64, 1, 1)]).num_cells
         10
     """
-    shapes = [tuple(shape) for shape in kernel_shapes]
-    _check_shapes(shapes, spatial_partition)
-    for name, ratio in (
-        ('cell_num_ratio', cell_num_ratio),
-        ('cell_inplane_ratio', cell_inplane_ratio),
-        ('cell_outplane_ratio', cell_outplane_ratio),
-    ):
-        if not (math.isfinite(ratio) and ratio > 0):
-            raise ValueError(f'{name} must be a positive number, got {ratio!r}.')
-
-    cell_out = max(int(math.gcd(*(shape[0] for shape in shapes)) * cell_outplane_ratio), 1)
-    cell_in = max(int(math.gcd(*(shape[1] for shape in shapes)) * cell_inplane_ratio), 1)
-    window = (1,) * len(shapes[0][2:]) if spatial_partition else shapes[0][2:]
-    grids = [_cell_grid(shape, cell_out, cell_in, spatial_partition) for shape in shapes]
-    num_cells = max(int(sum(math.prod(grid) for grid in grids) * cell_num_ratio), 1)
-
+    cell_shape, grids, num_cells = cut_kernels(
+        kernel_shapes, cell_num_ratio, cell_inplane_ratio, cell_outplane_ratio, spatial_partition
+    )
     layers: list[LayerPartition] = []
     start = 0
     for grid in grids:
@@ -112,7 +99,35 @@ def partition_kernels(
             f'cell_num_ratio={cell_num_ratio:g} the warehouse has {num_cells}. Use a whole ratio (1, 2, 4) or the '
             f'inverse of a whole number that divides every mixture count (1/2, 1/4).'
         )
-    return Partition(num_cells, (cell_out, cell_in, *window), float(cell_num_ratio), tuple(layers))
+    return Partition(num_cells, cell_shape, float(cell_num_ratio), tuple(layers))
+
+
+def cut_kernels(
+    kernel_shapes: Sequence[KernelShape],
+    cell_num_ratio: float = 1.0,
+    cell_inplane_ratio: float = 1.0,
+    cell_outplane_ratio: float = 1.0,
+    spatial_partition: bool = True,
+) -> tuple[tuple[int, ...], list[tuple[int, int, int]], int]:
+    """Return the shape of a cell, the grid of every layer and the number of cells; see :func:`partition_kernels`.
+
+    Takes no time and memory for mixtures, however many there are.
+    """
+    shapes = [tuple(shape) for shape in kernel_shapes]
+    _check_shapes(shapes, spatial_partition)
+    for name, ratio in (
+        ('cell_num_ratio', cell_num_ratio),
+        ('cell_inplane_ratio', cell_inplane_ratio),
+        ('cell_outplane_ratio', cell_outplane_ratio),
+    ):
+        if not (math.isfinite(ratio) and ratio > 0):
+            raise ValueError(f'{name} must be a positive number, got {ratio!r}.')
+    cell_out = max(int(math.gcd(*(shape[0] for shape in shapes)) * cell_outplane_ratio), 1)
+    cell_in = max(int(math.gcd(*(shape[1] for shape in shapes)) * cell_inplane_ratio), 1)
+    window = (1,) * len(shapes[0][2:]) if spatial_partition else shapes[0][2:]
+    grids = [_cell_grid(shape, cell_out, cell_in, spatial_partition) for shape in shapes]
+    num_cells = max(int(sum(math.prod(grid) for grid in grids) * cell_num_ratio), 1)
+    return (cell_out, cell_in, *window), grids, num_cells
 
 
 def assign_cells(num_mixtures: int, start: int, cell_num_ratio: float, num_cells: int) -> tuple[tuple[int, ...], int]:
