@@ -8,6 +8,7 @@ from torch import nn
 
 from .layers import KWLayer, KWLinear, Warehouse
 from .layers.attention import NormLayer
+from .layers.norms import AttentionBatchNorm
 from .plans import WarehousePlan, check_sizes, kernel_shape, plan_sizes
 from .replaceable import check_replaceable, counterpart
 
@@ -71,6 +72,8 @@ def kernelize(
         registered.update(added)
     for layer, replacement in replacements.items():
         replacement.train(modules[layer].training)
+        if isinstance(replacement.attention.norm1, AttentionBatchNorm):
+            replacement.attention.norm1.layer = layer
         parent, _, child = layer.rpartition('.')
         setattr(modules[parent], child, replacement)
     return registered

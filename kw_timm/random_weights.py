@@ -33,7 +33,8 @@ def enliven(network: nn.Module, generator: torch.Generator) -> None:
 @torch.no_grad()
 def fit_norms(network: nn.Module, images: torch.Tensor) -> nn.Module:
     """Give BatchNorms the statistics of images, and put the network in eval mode."""
-    norms = [module for module in network.eval().modules() if isinstance(module, nn.BatchNorm2d)]
+    # Not the attentions' norms, whose statistics would be those of a few vectors.
+    norms = [m for m in network.eval().modules() if isinstance(m, nn.BatchNorm2d) and not isinstance(m, nn.BatchNorm1d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.train().momentum = 1.0

@@ -101,7 +101,7 @@ def test_transforms_of_the_data_config(shells):
 def test_norm_of_the_attention(name, norm, bias, shells):
     for module in shells[name].modules():
         if isinstance(module, KWAttention):
-            assert type(module.norm1) is norm
+            assert isinstance(module.norm1, norm)
             assert (module.fc1.bias is not None) == bias
 
 

@@ -1,11 +1,12 @@
 """The attention of a KW layer for inference: two affine maps, all that lies between them folded."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..layers.attention import KWAttention, pool
+from ..layers.attention import KWAttention, pool, sum_of_magnitudes
 from ..ops.attend import attend, can_attend
 
 __all__ = ['FoldedAttention', 'as_affine']
@@ -46,8 +47,9 @@ class FoldedAttention(nn.Module):
         self.temperature = attention.temperature
         weight: torch.Tensor = attention.fc1.weight
         bias: torch.Tensor = weight.new_zeros(len(weight)) if attention.fc1.bias is None else attention.fc1.bias
-        norm: nn.Module | None = attention.norm1
-        if isinstance(norm, nn.BatchNorm1d) and norm.running_mean is not None:
+        norm: Any = attention.norm1
+        # A BatchNorm, or what freezing or synchronizing has put in its place.
+        if getattr(norm, 'running_mean', None) is not None:
             factor, shift = as_affine(norm)
             weight, bias, norm = weight * factor[:, None], bias * factor + shift, None
         self.norm = copy.deepcopy(norm)
@@ -106,16 +108,14 @@ class FoldedAttention(nn.Module):
             hidden = self.norm(hidden)
         hidden = torch.relu(hidden)
         logits = torch.addmm(self.logit_bias, hidden, self.logit_weight).unflatten(1, (self.num_mixtures, -1))
-        norms = torch.linalg.vector_norm(logits, 1, -1, keepdim=True) + 1e-3
+        norms = sum_of_magnitudes(logits) + 1e-3
         if bases:
-            return torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1)[:, None] / norms
-        return self._warm((logits / norms)[..., :-1])
+            return (torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1)[:, None] / norms).to(logits.dtype)
+        return self._warm((logits / norms)[..., :-1]).to(logits.dtype)
 
 
-def as_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+def as_affine(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the factors and shifts ``(C,)`` that a BatchNorm with running statistics amounts to in eval mode."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
     factor = torch.rsqrt(norm.running_var + norm.eps)
     shift = -norm.running_mean * factor
     return (factor, shift) if norm.weight is None else (factor * norm.weight, shift * norm.weight + norm.bias)

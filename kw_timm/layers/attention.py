@@ -6,14 +6,16 @@ import torch
 import torch.fx
 from torch import nn
 
+from .norms import as_attention_norm, normalize
 from .partition import LayerPartition, Partition
 
-__all__ = ['KWAttention', 'NonLocalBasis', 'basis_size', 'hidden_width']
+__all__ = ['KWAttention', 'NonLocalBasis', 'basis_size', 'hidden_width', 'sum_of_magnitudes']
 
 NormLayer = Callable[..., nn.Module]
 
-# One node in an fx graph: its check is run, not traced.
+# One node each in an fx graph: their checks are run, not traced.
 torch.fx.wrap('pool')
+torch.fx.wrap('sum_of_magnitudes')
 
 
 def pool(x: torch.Tensor, channels: int) -> torch.Tensor:
@@ -28,6 +30,13 @@ def pool(x: torch.Tensor, channels: int) -> torch.Tensor:
             f'Add a missing batch axis with x.unsqueeze(0): the kernels are computed per sample.'
         )
     return x.flatten(2).mean(-1)
+
+
+def sum_of_magnitudes(logits: torch.Tensor) -> torch.Tensor:
+    """Return the sums of magnitudes ``(B, m, 1)``, of 16-bit numbers in float32: in float16 they would overflow."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    return logits.abs().sum(-1, keepdim=True)
 
 
 def hidden_width(in_channels: int, reduction: float) -> int:
@@ -91,7 +100,7 @@ class KWAttention(nn.Module):
         self._assigned = share.assigned
         hidden = hidden_width(in_channels, reduction)
         self.fc1 = nn.Linear(in_channels, hidden, bias=norm_layer is not nn.BatchNorm1d, device=device, dtype=dtype)
-        self.norm1 = norm_layer(hidden, device=device, dtype=dtype)
+        self.norm1 = as_attention_norm(norm_layer(hidden, device=device, dtype=dtype))
         self.act1 = nn.ReLU()
         self.nonlocal_basis = nonlocal_basis_ratio < 1
         if self.nonlocal_basis:
@@ -131,7 +140,7 @@ class KWAttention(nn.Module):
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
         """Return the hidden vector ``(B, hidden)`` of inputs ``(B, C, *spatial)``."""
-        return self.act1(self.norm1(self.fc1(pool(x, self.fc1.in_features))))
+        return self.act1(normalize(self.norm1, self.fc1(pool(x, self.fc1.in_features))))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits ``(B, m, n + 1)`` of hidden vectors ``(B, hidden)``; the last column is the zero cell."""
@@ -143,10 +152,10 @@ class KWAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the coefficients ``(B, m, n)`` for inputs ``(B, C, *spatial)``."""
         logits = self.logits(self.hidden(x))
-        coefficients = logits / (logits.abs().sum(-1, keepdim=True) + 1e-3)
+        coefficients = logits / (sum_of_magnitudes(logits) + 1e-3)
         if self.temperature != 0:
             coefficients = (1 - self.temperature) * coefficients + self.temperature * self.assignment
-        return coefficients[..., :-1]
+        return coefficients[..., :-1].to(logits.dtype)
 
     def extra_repr(self) -> str:
         """Return mixtures, cells and temperature."""
