@@ -1,6 +1,7 @@
 """KernelWarehouse networks for timm: ``import kw_timm; timm.create_model('kw4x_resnet50')``."""
 
 from . import models
+from .counting import flop_hooks
 from .inference import mixing_work, optimization_report, optimize_for_inference
 from .kernelize import WarehousePlan, kernelize
 from .plans import PlanSizes, plan_sizes
@@ -14,6 +15,7 @@ __all__ = [
     'TemperatureSchedule',
     'WarehousePlan',
     '__version__',
+    'flop_hooks',
     'get_temperature',
     'kernelize',
     'load_checkpoint',

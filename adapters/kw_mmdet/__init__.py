@@ -9,6 +9,7 @@ from .backbone import KWBackbone
 from .checks import check_config, check_neck
 from .configs import configs_path
 from .features import PyramidFeatures
+from .flops import count_kw_layers
 from .fusing import protect_timm_networks
 from .generation import apply_bridges, trust_checkpoints
 from .hooks import TemperatureHook
@@ -17,6 +18,7 @@ from .optim import ConvNeXtLayerDecay
 trust_checkpoints()
 apply_bridges()
 protect_timm_networks()
+count_kw_layers()
 
 __all__ = [
     'ConvNeXtLayerDecay',

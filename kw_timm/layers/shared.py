@@ -92,6 +92,8 @@ class SharingLayer(nn.Module):
             return
         yield from super().named_modules(memo, prefix, remove_duplicate)
         shared = self.__dict__.get(self.shares)
+        if _is_summed_up(self):
+            return
         if shared is not None and _mark(shared) not in memo and not _is_registered(shared, memo):
             yield from shared.named_modules(
                 memo, f'{prefix}.{self.shares}' if prefix else self.shares, remove_duplicate
@@ -140,6 +142,11 @@ def known_to_trace(shared: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
 def _mark(shared: nn.Module) -> tuple[str, int]:
     # Of another type than what torch puts there: without duplicates removed, modules are met more than once.
     return ('met', id(shared))
+
+
+def _is_summed_up(layer: nn.Module) -> bool:
+    """Return whether torchinfo is at work: it adds up the parameters of every module, and would count cells often."""
+    return any(getattr(hook, '__module__', '').startswith('torchinfo.') for hook in layer._forward_pre_hooks.values())
 
 
 def _is_registered(shared: nn.Module, memo: set[Any]) -> bool:

@@ -4,6 +4,7 @@ Depends on torch alone. One entry for layers that may learn, :func:`kernel_wareh
 weights, :func:`convolve_fixed`; everything else is behind them.
 """
 
+from . import flops  # noqa: F401  (registers what operators cost)
 from .dynamic_conv import convolve_fixed, kernel_warehouse_conv
 from .mixing import mix_cells
 from .spec import ConvSpec, Padding
