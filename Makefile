@@ -6,9 +6,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Two more environments that hold only what differs, over the packages of the first one.
+# Further environments that hold only what differs, over the packages of the first one.
 VENV3 := .venv3
 READY3 := $(VENV3)/.ready
+VENV_PACKAGES := .venv-packages
+READY_PACKAGES := $(VENV_PACKAGES)/.ready
 VENV_FULL := .venv-full
 READY_FULL := $(VENV_FULL)/.ready
 # And one of its own, as `pip install '.[onedl]'` makes it.
@@ -20,7 +22,7 @@ DETECTION := $(addprefix tests/test_,framework.py mmdet_backbone.py detection_go
 	mmdet_temperature.py mmengine_temperature.py tools.py)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-onedl test-mmcv-full lint setup setup3 clean
+.PHONY: demo test test-slow test-packages test-onedl test-mmcv-full lint setup setup3 clean
 
 # So that the demo can say how long set-up took.
 demo: export MAKE_BEGAN := $(shell date +%s)
@@ -43,6 +45,10 @@ test-slow: $(READY) $(READY3)
 # Detection with compiled mmcv; compiles it, once.
 test-mmcv-full: $(READY_FULL)
 	$(VENV_FULL)/bin/python -m pytest -m 'not slow' tests/test_mmcv_operators.py tests/test_mmdet_backbone.py
+
+# KW networks in Lightning, Accelerate, Transformers and the like.
+test-packages: $(READY_PACKAGES)
+	$(VENV_PACKAGES)/bin/python -m pytest -m packages tests/test_packages.py
 
 # Detection with the maintained continuation of MMDetection 3.x.
 test-onedl: $(READY_ONEDL)
@@ -67,13 +73,22 @@ $(READY): pyproject.toml build-constraints.txt $(wildcard kw_timm/csrc/*)
 	-$(BIN)/python -m compileall -q -j 0 $(VENV)/lib  # as pip does, on all cores
 	touch $@
 
+# What an extra names, over the first environment.
+define install_extra
+bash tools/overlay.sh $(1) $(VENV)
+$(BIN)/python -c 'import sys, tomllib; project = tomllib.load(sys.stdin.buffer)["project"]; \
+	print(*project["optional-dependencies"]["$(2)"], sep="\n")' < pyproject.toml > $(1)/requirements.txt
+$(1)/bin/python -m pip install -r $(1)/requirements.txt
+endef
+
 # mmcv-lite asks for an OpenCV that needs a display; the one of the first environment does.
 $(READY3): $(READY) tools/overlay.sh
-	bash tools/overlay.sh $(VENV3) $(VENV)
-	$(BIN)/python -c 'import sys, tomllib; project = tomllib.load(sys.stdin.buffer)["project"]; \
-		print(*project["optional-dependencies"]["mmdet3"], sep="\n")' < pyproject.toml > $(VENV3)/requirements.txt
-	$(VENV3)/bin/python -m pip install -r $(VENV3)/requirements.txt
+	$(call install_extra,$(VENV3),mmdet3)
 	$(VENV3)/bin/python -m pip uninstall -y opencv-python
+	touch $@
+
+$(READY_PACKAGES): $(READY) tools/overlay.sh
+	$(call install_extra,$(VENV_PACKAGES),packages)
 	touch $@
 
 $(READY_FULL): $(READY) tools/overlay.sh tools/mmcv_full.sh
@@ -87,4 +102,4 @@ $(READY_ONEDL): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV3) $(VENV_ONEDL) $(VENV_FULL) work_dirs build *.egg-info kw_timm/*.so
+	rm -rf $(VENV) $(VENV3) $(VENV_PACKAGES) $(VENV_ONEDL) $(VENV_FULL) work_dirs build *.egg-info kw_timm/*.so

@@ -166,6 +166,8 @@ def test_detector_is_published(hub, tmp_path, monkeypatch):
 def test_every_model_card_has_the_hubs_metadata(entry):
     text = model_card(entry)
     card = ModelCard(text)
+    if entry.kind == 'kw':
+        assert card.text.split('\n\n')[1].startswith('`import kw_timm` first')
     data = card.data
     assert data.license == 'apache-2.0'
     assert data.library_name == ('mmdetection' if entry.kind == 'detector' else 'timm')

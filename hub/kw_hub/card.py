@@ -86,7 +86,10 @@ def _network_text(entry: Entry, repository: str, revision: str) -> str:
     intro = f"timm's `{entry.network}`, trained by the authors of KernelWarehouse as the network to compare with."
     backbone = f"name='{entry.network}'"
     if entry.kind == 'kw':
-        intro = f'`{entry.network}`: KernelWarehouse in `{entry.baseline}`, as a timm model.'
+        intro = (
+            f'`import kw_timm` first, or timm answers "Unknown model". `{entry.network}` is KernelWarehouse in '
+            f'`{entry.baseline}`, as a timm model.'
+        )
     return f"""{intro} Weights of the [authors]({_AUTHORS}), converted without changing a bit.
 
 {_figures(entry)}

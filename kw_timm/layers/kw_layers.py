@@ -143,7 +143,12 @@ class KWLayer(SharingLayer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve each sample of ``x: (B, C, *spatial)`` with its own kernel."""
         warehouse = self.__dict__['warehouse']
-        cells = known_to_trace(warehouse, warehouse.weight) if torch.jit.is_tracing() else warehouse.weight
+        cells = known_to_trace(warehouse, warehouse.weight) if torch.jit.is_tracing() else warehouse()
+        if hasattr(warehouse, 'set_reshard_after_forward') and not cells.untyped_storage().size():
+            raise RuntimeError(
+                'The cells of a warehouse that is sharded by itself were freed before the layer used them; shard it by '
+                'fully_shard(warehouse, reshard_after_forward=False), or leave it to the network that holds it.'
+            )
         return kernel_warehouse_conv(x, self.attention(x), cells, self.bias, self.spec)
 
     def extra_repr(self) -> str:

@@ -64,6 +64,10 @@ class Warehouse(SharedModule):
             fan_out = max(layer.stop - layer.start, 1) * cell_out * window
             self.weight[layer.start : layer.stop].normal_(std=(2.0 / fan_out) ** 0.5)
 
+    def forward(self) -> torch.Tensor:
+        """Return the cells. Layers ask by a call, so that hooks on the warehouse run: those of pruning and sharding."""
+        return self.weight
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         # `Module.to(memory_format=...)` asks tensors of rank 4 and 5 for the layout of images, which cells cannot have.
         return super()._apply(lambda cells: fn(cells.flatten(2)).reshape(cells.shape), recurse)
