@@ -1,8 +1,8 @@
 """The default path of a KW layer: exact, like the straightforward one, but quick and with little memory.
 
 Kernels of a few samples at a time are made, used and forgotten; for the gradients they are made again, which costs
-less than keeping them. Exported, traced and compiled training graphs take the straightforward path, which fits any
-batch.
+less than keeping them. Exported and traced graphs consist of products (:mod:`~kw_timm.ops.products`), compiled
+training takes the straightforward path.
 """
 
 import math
@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 from .buffers import sum_buffer
 from .convolution import convolve, convolve_backward
 from .mixing import add_dot_products, add_products, mix_cells
-from .modes import is_exporting, is_making_graph, is_tracing, is_transforming
+from .modes import is_making_graph, is_recording, is_transforming
+from .products import conv_by_products
 from .spec import ConvSpec, check_input
 from .straightforward import arrange_gradient, straightforward_conv
 
@@ -73,6 +74,8 @@ def kernel_warehouse_conv(
         x, coefficients, cells = x.to(dtype), coefficients.to(dtype), cells.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     x = spec.pad_end(x)
+    if is_recording() and not _straightforward:
+        return conv_by_products(x, coefficients, cells, bias, spec)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, coefficients, cells, bias))
     # Depthwise kernels are small: left to autograd, which keeps them.
     if (learns and spec.groups != 1) or _must_be_straightforward(x, coefficients, cells, learns):
@@ -108,7 +111,10 @@ def convolve_fixed(
     """
     check_input(x, spec)
     x = spec.pad_end(x.to(_autocast_dtype(x) or x.dtype))
-    return _convolve_in_chunks(x, coefficients, cells, None if bias is None else bias.to(x.dtype), spec, factors)
+    bias = None if bias is None else bias.to(x.dtype)
+    if is_recording():
+        return conv_by_products(x, coefficients, cells, bias, spec, factors)
+    return _convolve_in_chunks(x, coefficients, cells, bias, spec, factors)
 
 
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
@@ -122,8 +128,6 @@ def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 def _must_be_straightforward(x: torch.Tensor, coefficients: torch.Tensor, cells: torch.Tensor, learns: bool) -> bool:
     return (
         _straightforward
-        or is_tracing()
-        or is_exporting()
         or is_transforming()
         or (learns and torch.compiler.is_compiling())
         or x.shape[0] == 0
