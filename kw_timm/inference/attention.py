@@ -74,7 +74,7 @@ class FoldedAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, bases: bool = False) -> torch.Tensor:
         """Return the coefficients of cells, or of bases."""
-        if x.dim() < 3 or x.shape[1] != len(self.hidden_weight) or not self._fits(x):
+        if not self._fits(x) or x.dim() < 3 or x.shape[1] != len(self.hidden_weight):
             return self._with_torch(x, bases)
         coefficients = attend(
             x if x.is_contiguous() else pool(x, len(self.hidden_weight)),

@@ -15,6 +15,7 @@ from torch import nn
 from ..layers import KWLayer, KWLinear
 from ..layers.kw_layers import describe, map_tokens
 from ..ops import convolve_fixed
+from ..ops.modes import is_recording
 from .attention import FoldedAttention, as_affine
 
 __all__ = ['CellStore', 'MixingWork', 'OptimizedKWLayer', 'bases_bytes', 'store_cells']
@@ -188,6 +189,8 @@ class OptimizedKWLayer(nn.Module):
         return convolve_fixed(x, coefficients, source, self.bias, self.spec, factors)
 
     def _uses_bases(self, batch_size: int) -> bool:
+        if is_recording():  # One way for every batch: the one that was planned.
+            return self.bases is not None
         return batch_size >= self.bases_from
 
     def _first_batch_for_bases(self) -> float:
