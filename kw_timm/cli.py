@@ -85,7 +85,9 @@ def _add_export(commands: Any) -> None:
     export.add_argument('network', metavar='NAME|CHECKPOINT', help="timm's name, or a weight file of a KW variant")
     export.add_argument('--to', choices=('onnx', 'openvino', 'torch'), required=True, help='runtime')
     export.add_argument('--output', type=Path, metavar='FILE', help='.onnx, .xml or .pt2 (the name, here)')
-    export.add_argument('--size', nargs='+', default=['224'], metavar='N', help='224, 800x1333 or 800 1333 pixels (224)')
+    export.add_argument(
+        '--size', nargs='+', default=['224'], metavar='N', help='224, 800x1333 or 800 1333 pixels (224)'
+    )
     export.add_argument('--batch', type=positive, default=1, metavar='N', help='images (1)')
     export.add_argument('--dynamic', action='store_true', help='take any batch, height and width')
     export.add_argument('--optimized', action='store_true', help='export what optimize_for_inference makes of it')

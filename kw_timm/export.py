@@ -88,7 +88,11 @@ def load_network(name: str, random_weights: bool = False, size: int = 128) -> nn
         if variant is None:
             raise ValueError(f"'{name}' holds no released KW variant's weights; kw-hub verify says what it holds.")
         network = create_network(variant)
-        network.load_state_dict(state_dict)
+        try:
+            network.load_state_dict(state_dict)
+        except RuntimeError as error:
+            reason = ' '.join(str(error).split())
+            raise ValueError(f"'{name}' does not fit {variant} of 1000 classes: {reason:.200}") from error
         return network.eval()
     if random_weights:
         torch.manual_seed(0)

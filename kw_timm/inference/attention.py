@@ -101,7 +101,7 @@ class FoldedAttention(nn.Module):
         return (1 - self.temperature) * coefficients + self.temperature * self.assignment
 
     def _with_torch(self, x: torch.Tensor, bases: bool) -> torch.Tensor:
-        hidden = torch.addmm(self.hidden_bias, pool(x, len(self.hidden_weight)), self.hidden_weight)
+        hidden = torch.addmm(self.hidden_bias, pool(x, self.hidden_weight.shape[0]), self.hidden_weight)
         if self.norm is not None:
             hidden = self.norm(hidden)
         hidden = torch.relu(hidden)

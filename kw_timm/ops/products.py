@@ -61,7 +61,7 @@ def _dense(x: torch.Tensor, kernels: torch.Tensor, spec: ConvSpec) -> torch.Tens
     """Multiply kernels with all that they see: ``(B, O, window * C) @ (B, window * C, pixels)``."""
     channels, groups = spec.kernel_shape[0], spec.groups
     if groups > 1:  # They become samples.
-        x = x.unflatten(1, (groups, -1)).flatten(0, 1)
+        x = x.reshape(-1, spec.kernel_shape[1], *_sizes(x, 2))
         kernels = kernels.view(-1, channels // groups, kernels.shape[2])
     seen = x
     for axis in reversed(range(len(spec.kernel_size))):

@@ -59,7 +59,7 @@ def mix(coefficients: torch.Tensor, cells: torch.Tensor, spec: ConvSpec) -> torc
         spec: The layer's constants.
     """
     cells, axes = in_type_of(coefficients, cells), len(spec.cell_shape)
-    if cells.dim() - axes == 2 and len(cells) == 1:
+    if cells.dim() - axes == 2 and cells.shape[0] == 1:
         cells = cells[0]
     if cells.dim() - axes == 1:
         return coefficients @ cells.flatten(1)
