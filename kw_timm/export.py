@@ -64,7 +64,8 @@ def run_export(options: argparse.Namespace, size: tuple[int, int]) -> int:
     print(f'batches of {", ".join(map(str, batches))}: largest relative difference from torch {worst:.1e}')
     text = ', '.join(f'{what} {seconds * 1e3:.1f} ms' for what, seconds in times.items())
     print(
-        f'batch {options.batch}, {size[0]} x {size[1]}, {torch.get_num_threads()} threads, fastest of {_REPEATS}: {text}'
+        f'batch {options.batch}, {size[0]} x {size[1]}, {torch.get_num_threads()} threads, '
+        f'fastest of {_REPEATS}: {text}'
     )
     if not worst < 1e-2:
         print('kw-timm: this is more than rounding; please report it')
