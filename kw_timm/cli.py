@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .benchmark import Case, Settings
@@ -67,7 +67,39 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         '--from-csv', type=Path, nargs='+', metavar='FILE', help='measure nothing, show the results of earlier runs'
     )
+    _add_export(commands)
     return parser
+
+
+def _add_export(commands: Any) -> None:
+    from .benchmark.session import positive
+
+    text = 'write a network to a file for another runtime, run it there and compare it with torch'
+    export = commands.add_parser(
+        'export',
+        help=text,
+        description=f'{text[0].upper() + text[1:]}; prints the largest difference and the times of both.',
+        epilog='example: kw-timm export kw1x_resnet50 --to onnx --dynamic --output kw1x_resnet50.onnx',
+    )
+    export.set_defaults(command=_export)
+    export.add_argument('network', metavar='NAME|CHECKPOINT', help="timm's name, or a weight file of a KW variant")
+    export.add_argument('--to', choices=('onnx', 'openvino', 'torch'), required=True, help='runtime')
+    export.add_argument('--output', type=Path, metavar='FILE', help='.onnx, .xml or .pt2 (the name, here)')
+    export.add_argument(
+        '--size', nargs='+', default=['224'], metavar='N', help='224, 800x1333 or 800 1333 pixels (224)'
+    )
+    export.add_argument('--batch', type=positive, default=1, metavar='N', help='images (1)')
+    export.add_argument('--dynamic', action='store_true', help='take any batch, height and width')
+    export.add_argument('--optimized', action='store_true', help='export what optimize_for_inference makes of it')
+    export.add_argument('--opset', type=positive, metavar='N', help="ONNX operator set (the exporter's choice)")
+    export.add_argument('--random-weights', action='store_true', help='instead of published ones')
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .benchmark.session import image_size
+    from .export import run_export
+
+    return run_export(options, image_size(options.size))
 
 
 def _bench(options: argparse.Namespace) -> int:

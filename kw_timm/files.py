@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ['check_writable', 'new_file', 'replace_section']
+__all__ = ['check_writable', 'new_file', 'new_files', 'replace_section']
 
 
 @contextmanager
@@ -28,6 +28,23 @@ def new_file(file: Path) -> Iterator[Path]:
         filling.replace(file)
     finally:
         filling.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_files(file: Path) -> Iterator[Path]:
+    """As :func:`new_file`, for libraries that write other files beside theirs, which name one another.
+
+    They are filled in a temporary folder under their own names and moved when the block ends well, ``file`` last.
+
+    Raises:
+        OSError: If they cannot be written there.
+    """
+    file = file.resolve()
+    with tempfile.TemporaryDirectory(prefix=f'.{file.stem}.', suffix='.incomplete', dir=file.parent) as folder:
+        filling = Path(folder, file.name)
+        yield filling
+        for part in sorted(Path(folder).iterdir(), key=lambda part: part == filling):
+            part.replace(file.parent / part.name)
 
 
 def check_writable(file: Path) -> None:

@@ -76,7 +76,7 @@ class FoldedAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, bases: bool = False) -> torch.Tensor:
         """Return the coefficients of cells, or of bases."""
-        if x.dim() < 3 or x.shape[1] != len(self.hidden_weight) or not self._fits(x):
+        if not self._fits(x) or x.dim() < 3 or x.shape[1] != len(self.hidden_weight):
             return self._with_torch(x, bases)
         coefficients = attend(
             x if x.is_contiguous() else pool(x, len(self.hidden_weight)),
@@ -103,7 +103,7 @@ class FoldedAttention(nn.Module):
         return (1 - self.temperature) * coefficients + self.temperature * self.assignment
 
     def _with_torch(self, x: torch.Tensor, bases: bool) -> torch.Tensor:
-        hidden = torch.addmm(self.hidden_bias, pool(x, len(self.hidden_weight)), self.hidden_weight)
+        hidden = torch.addmm(self.hidden_bias, pool(x, self.hidden_weight.shape[0]), self.hidden_weight)
         if self.norm is not None:
             hidden = self.norm(hidden)
         hidden = torch.relu(hidden)

@@ -16,6 +16,7 @@ from ..layers import KWLayer, KWLinear
 from ..layers.kw_layers import describe, map_tokens
 from ..layers.shared import SharedModule, SharingLayer
 from ..ops import convolve_fixed
+from ..ops.modes import is_recording
 from .attention import FoldedAttention, as_affine
 
 __all__ = ['CellStore', 'MixingWork', 'OptimizedKWLayer', 'bases_bytes', 'store_cells']
@@ -190,6 +191,8 @@ class OptimizedKWLayer(SharingLayer):
         return convolve_fixed(x, coefficients, source, self.bias, self.spec, factors)
 
     def _uses_bases(self, batch_size: int) -> bool:
+        if is_recording():  # One way for every batch: the one that was planned.
+            return self.bases is not None
         return batch_size >= self.bases_from
 
     def _first_batch_for_bases(self) -> float:

@@ -6,6 +6,7 @@ import torch
 import torch.fx
 from torch import nn
 
+from ..ops.modes import is_recording
 from .norms import as_attention_norm, normalize
 from .partition import LayerPartition, Partition
 
@@ -24,12 +25,12 @@ def pool(x: torch.Tensor, channels: int) -> torch.Tensor:
     Raises:
         ValueError: If the input has not ``channels`` channels on its second axis.
     """
-    if x.dim() < 3 or x.shape[1] != channels:
+    if x.dim() < 3 or (not is_recording() and x.shape[1] != channels):
         raise ValueError(
             f'Expected a batched input (B, {channels}, *spatial), got shape {tuple(x.shape)}. '
             f'Add a missing batch axis with x.unsqueeze(0): the kernels are computed per sample.'
         )
-    return x.flatten(2).mean(-1)
+    return x.mean(tuple(range(2, x.dim())))
 
 
 def sum_of_magnitudes(logits: torch.Tensor) -> torch.Tensor:

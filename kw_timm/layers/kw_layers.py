@@ -9,6 +9,7 @@ import torch.fx
 from torch import nn
 
 from ..ops import ConvSpec, Padding, kernel_warehouse_conv
+from ..ops.modes import is_recording
 from .attention import KWAttention, NormLayer
 from .shared import SharingLayer, known_to_trace
 from .warehouse import Warehouse
@@ -184,6 +185,8 @@ def map_tokens(
     x: torch.Tensor, in_channels: int, out_channels: int, convolve: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """Give tokens ``(B, *tokens, in_channels)`` to a 1x1 convolution ``(B, in, N) -> (B, out, N)``; return tokens."""
+    if is_recording() and x.dim() == 2:
+        return convolve(x.unsqueeze(-1)).squeeze(-1)  # No size of the batch gets into the graph.
     y = convolve(x.reshape(x.shape[0], -1, in_channels).transpose(1, 2)).transpose(1, 2)
     # A sum, since a traced shape cannot be unpacked.
     return y.reshape(x.shape[:-1] + (out_channels,))  # noqa: RUF005

@@ -6,7 +6,7 @@ As separate operations these small products take longer to start than to compute
 import torch
 
 from . import native
-from .modes import is_exporting, is_plain, is_tracing
+from .modes import is_plain, is_recording
 
 __all__ = ['attend', 'can_attend']
 
@@ -17,7 +17,7 @@ def can_attend(x: torch.Tensor, weight: torch.Tensor) -> bool:
         native.module is not None
         and x.device.type == 'cpu'
         and x.dtype == weight.dtype == torch.float32
-        and not (is_exporting() or is_tracing() or torch.is_autocast_enabled('cpu'))
+        and not (is_recording() or torch.is_autocast_enabled('cpu'))
     )
 
 

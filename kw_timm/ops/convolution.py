@@ -10,9 +10,9 @@ import torch
 
 from .modes import is_making_graph
 from .spec import ConvSpec
-from .straightforward import CONV, conv_per_sample
+from .straightforward import CONV, conv_per_sample, in_type_of
 
-__all__ = ['convolve', 'convolve_backward']
+__all__ = ['conv_pointwise', 'convolve', 'convolve_backward']
 
 
 def prefers_loop(x: torch.Tensor, spec: ConvSpec) -> bool:
@@ -59,6 +59,13 @@ def convolve(
         y = conv_per_sample(x, kernels, None, spec)
         y = y if out is None else out.copy_(y)
     return y if bias is None else y.add_(bias.view(-1, *(1,) * (y.dim() - 2)))
+
+
+def conv_pointwise(x: torch.Tensor, kernels: torch.Tensor, bias: torch.Tensor | None, spec: ConvSpec) -> torch.Tensor:
+    """Convolve each sample with its own pointwise kernel, by torch's differentiable operations alone."""
+    y = torch.bmm(kernels.flatten(2).squeeze(-1), _columns(x, spec))
+    y = y.view(x.shape[0], kernels.shape[1], *spec.output_size(x))
+    return y if bias is None else y + in_type_of(y, bias).view(-1, *(1,) * (y.dim() - 2))
 
 
 def _convolve_one(x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None, spec: ConvSpec) -> torch.Tensor:

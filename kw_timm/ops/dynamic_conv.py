@@ -1,8 +1,8 @@
 """The default path of a KW layer: exact, like the straightforward one, but quick and with little memory.
 
 Kernels of a few samples at a time are made, used and forgotten; for the gradients they are made again, which costs
-less than keeping them. Exported, traced and compiled training graphs take the straightforward path, which fits any
-batch.
+less than keeping them. Exported and traced graphs consist of products (:mod:`~kw_timm.ops.products`), in compiled
+ones convolving is an operator (:mod:`~kw_timm.ops.compiled_conv`).
 """
 
 import math
@@ -14,11 +14,13 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .buffers import sum_buffer
-from .convolution import convolve, convolve_backward
+from .compiled_conv import conv_in_compiled_graph
+from .convolution import conv_pointwise, convolve, convolve_backward
 from .mixing import add_dot_products, add_products, mix_cells
-from .modes import is_exporting, is_making_graph, is_tracing, is_transforming
+from .modes import is_making_graph, is_recording, is_transforming
+from .products import conv_by_products
 from .spec import ConvSpec, check_input
-from .straightforward import arrange_gradient, straightforward_conv
+from .straightforward import arrange_gradient, assemble_kernels, in_type_of, straightforward_conv
 
 __all__ = ['convolve_fixed', 'kernel_warehouse_conv', 'straightforward']
 
@@ -73,9 +75,14 @@ def kernel_warehouse_conv(
         x, coefficients, cells = x.to(dtype), coefficients.to(dtype), cells.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     x = spec.pad_end(x)
+    if is_recording() and not _straightforward:
+        return conv_by_products(x, coefficients, cells, bias, spec)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, coefficients, cells, bias))
+    if torch.compiler.is_compiling() and not _straightforward and x.shape[0] != 0:
+        make = assemble_kernels if learns else mix_cells
+        return _convolve_compiled(x, in_type_of(x, make(coefficients, cells, spec)), bias, spec)
     # Depthwise kernels are small: left to autograd, which keeps them.
-    if (learns and spec.groups != 1) or _must_be_straightforward(x, coefficients, cells, learns):
+    if (learns and spec.groups != 1) or _must_be_straightforward(x, coefficients, cells):
         return straightforward_conv(x, coefficients, cells, bias, spec)
     if not learns:
         return _convolve_in_chunks(x, coefficients, cells, bias, spec)
@@ -108,7 +115,18 @@ def convolve_fixed(
     """
     check_input(x, spec)
     x = spec.pad_end(x.to(_autocast_dtype(x) or x.dtype))
-    return _convolve_in_chunks(x, coefficients, cells, None if bias is None else bias.to(x.dtype), spec, factors)
+    bias = None if bias is None else bias.to(x.dtype)
+    if is_recording():
+        return conv_by_products(x, coefficients, cells, bias, spec, factors)
+    if torch.compiler.is_compiling() and x.shape[0] != 0:
+        return _convolve_compiled(x, in_type_of(x, mix_cells(coefficients, cells, spec, factors)), bias, spec)
+    return _convolve_in_chunks(x, coefficients, cells, bias, spec, factors)
+
+
+def _convolve_compiled(
+    x: torch.Tensor, kernels: torch.Tensor, bias: torch.Tensor | None, spec: ConvSpec
+) -> torch.Tensor:
+    return (conv_pointwise if spec.is_pointwise else conv_in_compiled_graph)(x, kernels, bias, spec)
 
 
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
@@ -119,13 +137,10 @@ def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def _must_be_straightforward(x: torch.Tensor, coefficients: torch.Tensor, cells: torch.Tensor, learns: bool) -> bool:
+def _must_be_straightforward(x: torch.Tensor, coefficients: torch.Tensor, cells: torch.Tensor) -> bool:
     return (
         _straightforward
-        or is_tracing()
-        or is_exporting()
         or is_transforming()
-        or (learns and torch.compiler.is_compiling())
         or x.shape[0] == 0
         or x.device.type == 'meta'
         or not x.dtype == coefficients.dtype == cells.dtype

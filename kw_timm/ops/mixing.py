@@ -13,9 +13,9 @@ import torch
 
 from . import native
 from .buffers import empty_buffer
-from .modes import is_exporting, is_plain, is_tracing
+from .modes import is_plain
 from .spec import ConvSpec
-from .straightforward import arrange_kernels
+from .straightforward import arrange_kernels, mix
 
 __all__ = ['add_dot_products', 'add_products', 'mix_cells']
 
@@ -37,8 +37,6 @@ def mix_cells(
     """
     if cells.dim() == 1 + len(spec.cell_shape):
         cells = cells[None]
-    if is_exporting() or is_tracing():
-        return _mix_with_matmul(coefficients, cells, spec, factors)
     if is_plain(coefficients):
         return _mix_natively(coefficients, cells, spec, factors)
     return torch.ops.kw_timm.mix_cells(coefficients, cells, spec.layout, factors)
@@ -47,12 +45,7 @@ def mix_cells(
 def _mix_with_matmul(
     coefficients: torch.Tensor, cells: torch.Tensor, spec: ConvSpec, factors: torch.Tensor | None
 ) -> torch.Tensor:
-    cells = cells.to(coefficients.dtype)
-    if cells.shape[0] == 1:
-        mixed = coefficients @ cells[0].flatten(1)
-    else:
-        mixed = torch.bmm(coefficients.transpose(0, 1), cells.flatten(2)).transpose(0, 1)
-    kernels = arrange_kernels(mixed, spec)
+    kernels = arrange_kernels(mix(coefficients, cells, spec), spec)
     if factors is not None:
         kernels = kernels * factors.view(-1, *(1,) * (kernels.dim() - 2))
     return kernels.contiguous()

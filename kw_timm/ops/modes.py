@@ -2,7 +2,7 @@
 
 import torch
 
-__all__ = ['is_exporting', 'is_making_graph', 'is_plain', 'is_tracing', 'is_transforming']
+__all__ = ['is_exporting', 'is_making_graph', 'is_plain', 'is_recording', 'is_tracing', 'is_transforming']
 
 # Before torch 2.7 exporting and compiling could not be told apart.
 is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
@@ -11,6 +11,14 @@ is_tracing = torch.jit.is_tracing
 _dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', lambda: 0)
 _functorch_level = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_recording() -> bool:
+    """Return whether a graph is made that other programs may run: exported or traced, not compiled.
+
+    It should consist of torch's own operations, and no constant in it should depend on the batch or its size.
+    """
+    return bool(is_exporting() or is_tracing())
 
 
 def is_making_graph() -> bool:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from .modes import is_recording
+
 __all__ = ['ConvSpec', 'Padding', 'check_input']
 
 Padding = str | tuple[int, ...]
@@ -109,6 +111,8 @@ def check_input(x: torch.Tensor, spec: ConvSpec) -> None:
             f'Expected a batched input of {axes + 2} axes (B, C, *spatial), got shape {tuple(x.shape)}. '
             f'Add the batch axis with x.unsqueeze(0): the kernels are computed per sample.'
         )
+    if is_recording():
+        return  # What a graph is made with says little of what it will get.
     spatial = tuple(x.shape[2:])
     if 0 in spatial:
         raise ValueError(f'The input has no pixels: shape {tuple(x.shape)}. Every spatial size must be at least 1.')

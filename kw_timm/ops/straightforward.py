@@ -10,7 +10,15 @@ import torch.nn.functional as F
 
 from .spec import ConvSpec
 
-__all__ = ['arrange_gradient', 'arrange_kernels', 'assemble_kernels', 'conv_per_sample', 'straightforward_conv']
+__all__ = [
+    'arrange_gradient',
+    'arrange_kernels',
+    'assemble_kernels',
+    'conv_per_sample',
+    'in_type_of',
+    'mix',
+    'straightforward_conv',
+]
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -23,7 +31,7 @@ def straightforward_conv(
     Arguments and result as :func:`~kw_timm.ops.kernel_warehouse_conv`, which checks them and pads the input's end.
     """
     kernels = assemble_kernels(coefficients, cells, spec)
-    return conv_per_sample(x, kernels.to(x.dtype), bias, spec)
+    return conv_per_sample(x, in_type_of(x, kernels), bias, spec)
 
 
 def assemble_kernels(coefficients: torch.Tensor, cells: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
@@ -39,7 +47,28 @@ def assemble_kernels(coefficients: torch.Tensor, cells: torch.Tensor, spec: Conv
     Returns:
         Kernels, ``(B, O, I / groups, *kernel_size)``.
     """
-    return arrange_kernels(coefficients @ cells.flatten(1).to(coefficients.dtype), spec)
+    return arrange_kernels(mix(coefficients, cells, spec), spec)
+
+
+def mix(coefficients: torch.Tensor, cells: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
+    """Return the mixtures of cells, ``(B, m, co * ci * window)``.
+
+    Args:
+        coefficients: ``(B, m, n)``.
+        cells: ``(n, co, ci, *window)``, the same for all mixtures; or ``(m, n, co, ci, *window)``, each mixture's own.
+        spec: The layer's constants.
+    """
+    cells, axes = in_type_of(coefficients, cells), len(spec.cell_shape)
+    if cells.dim() - axes == 2 and cells.shape[0] == 1:
+        cells = cells[0]
+    if cells.dim() - axes == 1:
+        return coefficients @ cells.flatten(1)
+    return torch.bmm(coefficients.transpose(0, 1), cells.flatten(2)).transpose(0, 1)
+
+
+def in_type_of(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor`` in the type of ``like``; where it has that, no operation gets into a graph."""
+    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
 
 
 def arrange_kernels(mixed: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
@@ -47,8 +76,8 @@ def arrange_kernels(mixed: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
     positions, out_groups, in_groups = spec.grid
     cell_out, cell_in, *window = spec.cell_shape
     # One of `positions` and `window` is 1; together they are the flattened kernel window.
-    parts = mixed.reshape(mixed.shape[0], positions, out_groups, in_groups, cell_out, cell_in, math.prod(window))
-    return parts.permute(0, 2, 4, 3, 5, 1, 6).reshape(mixed.shape[0], *spec.kernel_shape)
+    parts = mixed.reshape(-1, positions, out_groups, in_groups, cell_out, cell_in, math.prod(window))
+    return parts.permute(0, 2, 4, 3, 5, 1, 6).reshape(-1, *spec.kernel_shape)
 
 
 def arrange_gradient(grad_kernels: torch.Tensor, spec: ConvSpec) -> torch.Tensor:

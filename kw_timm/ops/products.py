@@ -1,0 +1,97 @@
+"""The path of a KW layer in graphs that other programs run: torch's own operations, and no convolution.
+
+The groups of a convolution are a constant of such a graph, so the batch cannot be among them; matrix products take any
+batch. No number here depends on the size of the input either: its shifted copies are cut out by distances from both
+ends. Exporters take time by the square of the number of operations, and give each symbolic size several, hence few
+copies (one axis after the other) and views of constant sizes.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .spec import ConvSpec
+from .straightforward import in_type_of, mix
+
+__all__ = ['conv_by_products']
+
+
+def conv_by_products(
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    cells: torch.Tensor,
+    bias: torch.Tensor | None,
+    spec: ConvSpec,
+    factors: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Convolve each sample with the kernel that its coefficients make of the cells. Differentiable.
+
+    Args:
+        x: Inputs, ``(B, C, *spatial)``; padding that only ends get is there already.
+        coefficients: Attention, ``(B, m, n)``.
+        cells: ``(n, co, ci, *window)``, or each mixture's own, ``(m, n, co, ci, *window)``.
+        bias: ``(O,)`` or None, the same for all samples.
+        spec: The layer's constants.
+        factors: ``(O,)``, what to multiply the kernels' output channels by, or None.
+
+    Returns:
+        ``(B, O, *spatial')``.
+    """
+    kernels = _arrange(mix(coefficients, cells, spec), spec)
+    if factors is not None:
+        kernels = kernels * factors[:, None]
+    kernels = in_type_of(x, kernels)
+    if any(spec.padding):
+        x = F.pad(x, [zeros for padding in reversed(spec.padding) for zeros in (padding, padding)])
+    y = _depthwise(x, kernels, spec) if spec.groups > 1 == spec.kernel_shape[1] else _dense(x, kernels, spec)
+    return y if bias is None else y + in_type_of(y, bias).view(-1, *(1,) * len(spec.kernel_size))
+
+
+def _arrange(mixed: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
+    """Put mixtures ``(B, m, co * ci * window)`` in their places, ``(B, O, window * C / groups)``."""
+    positions, out_groups, in_groups = spec.grid
+    cell_out, cell_in, *window = spec.cell_shape
+    parts = mixed.reshape(-1, positions, out_groups, in_groups, cell_out, cell_in, math.prod(window))
+    rows = parts.permute(0, 2, 4, 1, 6, 3, 5).contiguous()
+    return rows.view(-1, spec.kernel_shape[0], math.prod(spec.kernel_shape[1:]))
+
+
+def _dense(x: torch.Tensor, kernels: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
+    """Multiply kernels with all that they see: ``(B, O, window * C) @ (B, window * C, pixels)``."""
+    channels, groups = spec.kernel_shape[0], spec.groups
+    if groups > 1:  # They become samples.
+        x = x.reshape(-1, spec.kernel_shape[1], *_sizes(x, 2))
+        kernels = kernels.view(-1, channels // groups, kernels.shape[2])
+    seen = x
+    for axis in reversed(range(len(spec.kernel_size))):
+        seen = torch.cat([_cut(seen, 2 + axis, spec, axis, i) for i in range(spec.kernel_size[axis])], 1)
+    return (kernels @ seen.flatten(2)).reshape(-1, channels, *_sizes(seen, 2))
+
+
+def _depthwise(x: torch.Tensor, kernels: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
+    """Multiply along all axes of the window but the last, and add up along that one, which takes fewer copies."""
+    (*others, last), multiplier = range(len(spec.kernel_size)), spec.kernel_shape[0] // spec.groups
+    width, length = spec.kernel_size[last], math.prod(spec.kernel_size[:last])
+    seen = x.unsqueeze(2)
+    for axis in reversed(others):
+        seen = torch.cat([_cut(seen, 3 + axis, spec, axis, i) for i in range(spec.kernel_size[axis])], 2)
+    matrices = kernels.view(-1, spec.groups, multiplier, length, width).permute(0, 1, 4, 2, 3)
+    products = matrices.reshape(-1, spec.groups, width * multiplier, length) @ seen.flatten(3)
+    products = products.reshape(-1, spec.groups, width * multiplier, *_sizes(seen, 3))
+    parts = [_cut(part, 3 + last, spec, last, i) for i, part in enumerate(products.split(multiplier, 2))]
+    y = sum(parts[1:], parts[0])
+    return y.squeeze(2) if multiplier == 1 else y.flatten(1, 2)
+
+
+def _sizes(x: torch.Tensor, begin: int) -> list[int]:
+    """Return the sizes from an axis on, each asked for alone: slicing ``shape`` would make constants of them."""
+    return [x.shape[axis] for axis in range(begin, x.dim())]
+
+
+def _cut(x: torch.Tensor, dim: int, spec: ConvSpec, axis: int, tap: int) -> torch.Tensor:
+    """Return what one position of the window along an axis sees of ``x``, whose axis ``dim`` is the image's."""
+    begin, end = (i * spec.dilation[axis] for i in (tap, spec.kernel_size[axis] - 1 - tap))
+    if not begin and not end and spec.stride[axis] == 1:
+        return x
+    return torch.ops.aten.slice.Tensor(x, dim, begin, -end or None, spec.stride[axis])

@@ -1,0 +1,80 @@
+"""`kw-timm export`: files are whole or not there, are run and compared, and what cannot be done is said."""
+
+import onnxruntime
+import pytest
+import torch
+from networks import images
+
+from kw_timm import export
+from kw_timm.cli import main
+
+NAME = 'kw1d2x_mobilenetv2_050'
+
+
+def run(*arguments) -> int:
+    return main(['export', *map(str, arguments)])
+
+
+def test_onnx(tmp_path, capsys):
+    file = tmp_path / 'net.onnx'
+    assert run(NAME, '--to', 'onnx', '--output', file, '--size', 64, '--dynamic', '--random-weights') == 0
+    text = capsys.readouterr().out
+    assert 'batches of 1, 2, 5: largest relative difference from torch' in text
+    assert 'onnxruntime' in text
+    assert [path.name for path in tmp_path.iterdir()] == ['net.onnx']
+    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+    assert session.run(None, {'images': images(3, 96).numpy()})[0].shape == (3, 1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dynamic', [(), ('--dynamic',)])
+@pytest.mark.parametrize('optimized', [(), ('--optimized',)])
+@pytest.mark.parametrize('to', ['torch', 'openvino', 'onnx'])
+def test_every_way(to, optimized, dynamic, tmp_path, capsys):
+    if to == 'openvino':
+        pytest.importorskip('openvino')
+    file = tmp_path / f'net{export.ENDINGS[to]}'
+    assert run(NAME, '--to', to, '--output', file, '--size', 64, '--random-weights', *optimized, *dynamic) == 0
+    assert ('torch, optimized' in capsys.readouterr().out) == bool(optimized)
+
+
+@pytest.mark.slow
+def test_weights_beside_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, '_LARGEST_ONNX', 1000)
+    net = export.load_network(NAME, random_weights=True, size=64)
+    export.export_file(net, tmp_path / 'net.onnx', 'onnx', (2, 64, 64))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['net.onnx', 'net.onnx.data']
+    session = onnxruntime.InferenceSession(tmp_path / 'net.onnx', providers=['CPUExecutionProvider'])
+    with torch.no_grad():
+        ours, theirs = session.run(None, {'images': images().numpy()})[0], net(images())
+    torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=1e-2, atol=1e-2)
+
+
+def test_what_cannot_be_done_is_said(tmp_path, capsys, monkeypatch):
+    def error(*arguments) -> str:
+        assert run(*arguments) == 2
+        text = capsys.readouterr().err.strip()
+        assert text.startswith('kw-timm: error: ')
+        assert not list(tmp_path.glob('net*'))
+        return text
+
+    onnx = ('--to', 'onnx', '--output', tmp_path / 'net.onnx')
+    assert "must end in '.pt2' for --to torch" in error(NAME, '--to', 'torch', '--output', tmp_path / 'net.onnx')
+    assert 'Did you mean kw1x_resnet18' in error('kw1x_resnet8', *onnx, '--random-weights')
+    assert '--random-weights' in error(NAME, *onnx)
+    (tmp_path / 'weights.pth').write_bytes(b'nothing')
+    assert 'weights.pth' in error(tmp_path / 'weights.pth', *onnx)
+    torch.save({'some': torch.ones(1)}, tmp_path / 'weights.pth')
+    assert 'no released KW variant' in error(tmp_path / 'weights.pth', *onnx)
+    monkeypatch.setattr(export, 'find_spec', lambda name: None)
+    assert "pip install 'kw-timm[export]'" in error(NAME, *onnx)
+
+
+def test_an_exporter_that_fails_is_quoted_and_leaves_nothing(tmp_path):
+    class Fails(torch.nn.BatchNorm2d):
+        def forward(self, x):
+            raise TypeError('no such\nthing')
+
+    with pytest.raises(ValueError, match=r'Fails cannot be exported to torch: .*no such thing'):
+        export.export_file(Fails(3), tmp_path / 'net.pt2', 'torch', (2, 8, 8))
+    assert not list(tmp_path.iterdir())
