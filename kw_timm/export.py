@@ -17,8 +17,8 @@ from .inference import optimize_for_inference
 from .pyramid import create_network
 from .random_weights import drawn_images, settle
 from .weights import read_weight_file
+from .weights.exact import network_part, recognise_network, to_timm_exact
 from .weights.store import WeightsNotFoundError
-from .weights.variants import identify_variant
 
 __all__ = ['ENDINGS', 'export_file', 'load_network', 'run_export']
 
@@ -77,7 +77,8 @@ def load_network(name: str, random_weights: bool = False, size: int = 128) -> nn
     """Return a network in eval mode.
 
     Args:
-        name: A timm name, whose published weights are taken, or a weight file of a released KW variant.
+        name: A timm name, whose published weights are taken, or a weight file of a KW variant or a network of the
+            published tables, of any number of classes, in any wrapping.
         random_weights: Take sound random weights instead of published ones.
         size: Pixels of the images that these are fitted to.
 
@@ -85,16 +86,10 @@ def load_network(name: str, random_weights: bool = False, size: int = 128) -> nn
         ValueError: If there is no such network, there are no weights, or the file is not one of a released variant.
     """
     if Path(name).is_file():
-        state_dict = read_weight_file(name)
-        variant = identify_variant(state_dict)
-        if variant is None:
-            raise ValueError(f"'{name}' holds no released KW variant's weights; kw-hub verify says what it holds.")
-        network = create_network(variant)
-        try:
-            network.load_state_dict(state_dict)
-        except RuntimeError as error:
-            reason = ' '.join(str(error).split())
-            raise ValueError(f"'{name}' does not fit {variant} of 1000 classes: {reason:.200}") from error
+        weights = network_part(read_weight_file(name))
+        found = recognise_network(weights)
+        network = found.create()
+        network.load_state_dict(to_timm_exact(weights, found))
         return network.eval()
     if random_weights:
         torch.manual_seed(0)

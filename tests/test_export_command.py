@@ -2,6 +2,7 @@
 
 import onnxruntime
 import pytest
+import timm
 import torch
 from networks import images
 
@@ -50,6 +51,15 @@ def test_weights_beside_the_file(tmp_path, monkeypatch):
     torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=1e-2, atol=1e-2)
 
 
+def test_a_checkpoint_of_a_training_is_taken_for_what_it_is(tmp_path):
+    net = timm.create_model(NAME, num_classes=7)
+    weights = {f'module.{key}': value for key, value in net.state_dict().items()}
+    torch.save({'epoch': 3, 'state_dict': weights}, tmp_path / 'last.pth')
+    found = export.load_network(str(tmp_path / 'last.pth'))
+    assert not found.training
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in found.state_dict().items())
+
+
 def test_what_cannot_be_done_is_said(tmp_path, capsys, monkeypatch):
     def error(*arguments) -> str:
         assert run(*arguments) == 2
@@ -65,7 +75,7 @@ def test_what_cannot_be_done_is_said(tmp_path, capsys, monkeypatch):
     (tmp_path / 'weights.pth').write_bytes(b'nothing')
     assert 'weights.pth' in error(tmp_path / 'weights.pth', *onnx)
     torch.save({'some': torch.ones(1)}, tmp_path / 'weights.pth')
-    assert 'no released KW variant' in error(tmp_path / 'weights.pth', *onnx)
+    assert 'of no released variant' in error(tmp_path / 'weights.pth', *onnx)
     monkeypatch.setattr(export, 'find_spec', lambda name: None)
     assert "pip install 'kw-timm[export]'" in error(NAME, *onnx)
 
