@@ -39,9 +39,6 @@ def make_detector() -> Any:
     for sampler in (detector.rpn_head.sampler, detector.roi_head.bbox_sampler):
         assert type(sampler).__name__ == 'RandomSampler'
         sampler.random_choice = lambda gallery, num: gallery[:: max(1, len(gallery) // num)][:num]
-    # torch computes the loss of masks in the targets' type.
-    head = detector.roi_head.mask_head
-    head.get_targets = lambda *given, targets=head.get_targets, **named: targets(*given, **named).double()
     return detector.double()
 
 
@@ -50,6 +47,14 @@ def select_in_float32() -> None:
     nms = importlib.import_module('mmcv.ops.nms')
     original = nms.ext_module.nms
     nms.ext_module = SimpleNamespace(nms=lambda boxes, scores, **how: original(boxes.float(), scores.float(), **how))
+
+
+def compare_exactly() -> None:
+    """Let torch compute losses of objectness and masks in the logits' type, not in the targets'."""
+    original = torch.nn.functional.binary_cross_entropy_with_logits
+    torch.nn.functional.binary_cross_entropy_with_logits = lambda logits, targets, *rest, **named: original(
+        logits, targets.to(logits.dtype), *rest, **named
+    )
 
 
 def divide_exactly() -> None:
@@ -110,6 +115,7 @@ def main() -> None:
     torch.set_num_threads(1)
     select_in_float32()
     divide_exactly()
+    compare_exactly()
     init_dist('pytorch', backend='nccl')
     assert dist.get_backend() == 'gloo'
     detector = make_detector().train()

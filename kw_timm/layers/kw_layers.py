@@ -11,7 +11,7 @@ from torch import nn
 from ..ops import ConvSpec, Padding, kernel_warehouse_conv
 from ..ops.modes import is_recording
 from .attention import KWAttention, NormLayer
-from .shared import SharingLayer, known_to_trace
+from .shared import SharingLayer, is_summed_up, known_to_trace
 from .warehouse import Warehouse
 
 __all__ = ['KWConv1d', 'KWConv2d', 'KWConv3d', 'KWLayer', 'KWLinear']
@@ -143,14 +143,22 @@ class KWLayer(SharingLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve each sample of ``x: (B, C, *spatial)`` with its own kernel."""
+        return kernel_warehouse_conv(x, self.attention(x), self._cells(), self.bias, self.spec)
+
+    def _cells(self) -> torch.Tensor:
         warehouse = self.__dict__['warehouse']
-        cells = known_to_trace(warehouse, warehouse.weight) if torch.jit.is_tracing() else warehouse()
+        if torch.jit.is_tracing():
+            return known_to_trace(warehouse, warehouse.weight)
+        if is_summed_up(warehouse):
+            cells: torch.Tensor = warehouse.weight
+            return cells
+        cells = warehouse()
         if hasattr(warehouse, 'set_reshard_after_forward') and not cells.untyped_storage().size():
             raise RuntimeError(
                 'The cells of a warehouse that is sharded by itself were freed before the layer used them; shard it by '
                 'fully_shard(warehouse, reshard_after_forward=False), or leave it to the network that holds it.'
             )
-        return kernel_warehouse_conv(x, self.attention(x), cells, self.bias, self.spec)
+        return cells
 
     def extra_repr(self) -> str:
         """Return the arguments of the static layer."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-__all__ = ['SharedModule', 'SharingLayer', 'known_to_trace']
+__all__ = ['SharedModule', 'SharingLayer', 'is_summed_up', 'known_to_trace']
 
 
 class _Walk(threading.local):
@@ -92,7 +92,7 @@ class SharingLayer(nn.Module):
             return
         yield from super().named_modules(memo, prefix, remove_duplicate)
         shared = self.__dict__.get(self.shares)
-        if _is_summed_up(self):
+        if is_summed_up(self):
             return
         if shared is not None and _mark(shared) not in memo and not _is_registered(shared, memo):
             yield from shared.named_modules(
@@ -144,8 +144,8 @@ def _mark(shared: nn.Module) -> tuple[str, int]:
     return ('met', id(shared))
 
 
-def _is_summed_up(layer: nn.Module) -> bool:
-    """Return whether torchinfo is at work: it adds up the parameters of every module, and would count cells often."""
+def is_summed_up(layer: nn.Module) -> bool:
+    """Return whether torchinfo is at work: it adds up what every module has and does, and would count cells often."""
     return any(getattr(hook, '__module__', '').startswith('torchinfo.') for hook in layer._forward_pre_hooks.values())
 
 
