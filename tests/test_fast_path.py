@@ -10,7 +10,6 @@ from networks import SMALLEST, images, network
 from torch import nn
 from torch.autograd import grad, gradcheck
 
-from kw_timm import WarehousePlan, kernelize
 from kw_timm.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, Warehouse, straightforward
 from kw_timm.ops import ConvSpec, dynamic_conv
 
@@ -303,18 +302,3 @@ def test_gradient_checkpointing():
     expected = results(net, x)
     net.set_grad_checkpointing()
     assert_same(results(net, x), expected)
-
-
-def test_compiling():
-    """No graph breaks, at any batch size."""
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    convs = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 2, padding='same')
-    net = nn.Sequential(*convs, nn.Flatten(), nn.Linear(200, 4)).double()
-    kernelize(net, {name: WarehousePlan([name], cell_num_ratio=2) for name in '01235'})
-    x = images(3, size=16).double()
-    graph = torch.compile(net.eval(), fullgraph=True, backend='aot_eager')
-    with torch.no_grad():
-        for batch in (x, x[:1], torch.cat([x, x])):
-            assert_same([graph(batch)], [net(batch)])
-    assert_same(results(torch.compile(net.train(), fullgraph=True, backend='aot_eager'), x), results(net, x))

@@ -58,7 +58,8 @@ def test_compile_whole_networks_to_machine_code(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('name', RESNET_QUICKLY)
+@pytest.mark.slow  # in small: test_graphs.py
+@pytest.mark.parametrize('name', SMALLEST)
 def test_export_with_any_batch_size(name, tmp_path):
     model = network(name).double()
     program = torch.export.export(model, (images(2).double(),), dynamic_shapes=({0: Dim('batch', min=1, max=64)},))
@@ -70,7 +71,8 @@ def test_export_with_any_batch_size(name, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('name', RESNET_QUICKLY)
+@pytest.mark.slow  # in small: test_graphs.py
+@pytest.mark.parametrize('name', SMALLEST)
 def test_onnx_with_any_batch_size(name, tmp_path):
     model, path = network(name), tmp_path / 'network.onnx'
     torch.onnx.export(model, (images(),), path, dynamo=True, verbose=False, dynamic_shapes=({0: 'batch'},))

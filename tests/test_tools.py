@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 pytest.importorskip('mmdet', reason='needs MMDetection')
-from demo import overridden
+import demo
 from kw_mmdet.cli import main
 from kw_mmdet.generation import GENERATION
 from kw_mmdet.predict import read_image
@@ -49,7 +49,7 @@ def data(tmp_path_factory) -> Path:
 
 def cfg_options(data: Path, epochs: int = 1, **others: int) -> list[str]:
     """Return options that name the data and the length of the training; evaluated after every epoch."""
-    values = overridden(data, epochs, evaluate_every=1) | {LOG_INTERVAL: 1, BATCH: 2} | others
+    values = demo.overridden(data, epochs, evaluate_every=1) | {LOG_INTERVAL: 1, BATCH: 2} | others
     return ['--cfg-options', *(f'{key}={value}' for key, value in values.items())]
 
 
@@ -336,19 +336,20 @@ def test_a_checkpoint_of_another_detector_is_refused(trained, data, tmp_path, ca
         assert message in capsys.readouterr().err
 
 
-def test_demo_end_to_end_and_again(tmp_path):
-    command = [sys.executable, 'tools/demo.py', '--work-dir', tmp_path, '--train', '8', '--val', '12', '--epochs', '1']
-    done = run(*command)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert 'AP50' in done.stdout
+def test_demo_end_to_end_and_again(tmp_path, monkeypatch, capsys):
+    command = ['demo.py', '--work-dir', str(tmp_path), '--train', '8', '--val', '12', '--epochs']
+    monkeypatch.setattr(sys, 'argv', [*command, '1'])
+    demo.main()
+    assert 'AP50' in capsys.readouterr().out
     assert cv2.imread(str(tmp_path / 'detections.png')).shape[:2] == (3 * 384, 4 * 384)
     # As an interruption while a checkpoint is written would leave it.
     checkpoint = tmp_path / 'run/epoch_1.pth'
     whole = checkpoint.read_bytes()
     (tmp_path / 'run/epoch_2.pth').write_bytes(whole[: len(whole) // 2])
-    again = run(*command[:-1], '2')
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert 'epoch_2.pth cannot be read' in again.stdout
-    assert 'going on from' in again.stdout
-    assert f'checkpoint: {tmp_path / "run/epoch_2.pth"}\n' in again.stdout
-    assert 'training' in again.stdout.splitlines()[-1]  # how long it took
+    monkeypatch.setattr(sys, 'argv', [*command, '2'])
+    demo.main()
+    said = capsys.readouterr().out
+    assert 'epoch_2.pth cannot be read' in said
+    assert 'going on from' in said
+    assert f'checkpoint: {tmp_path / "run/epoch_2.pth"}\n' in said
+    assert 'training' in said.splitlines()[-1]  # how long it took

@@ -1,7 +1,6 @@
 """What training and deployment put around a network: groups, averages, copies, types, processes."""
 
 import copy
-import os
 import pickle
 
 import pytest
@@ -12,9 +11,7 @@ from networks import SMALLEST, SPECIAL, images, network
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3, freeze, unfreeze
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-import kw_timm
 from kw_timm.layers import KWLayer
 
 
@@ -138,9 +135,10 @@ def test_types(model, dtype):
     def levels(x: torch.Tensor) -> list[torch.Tensor]:
         return model.forward_intermediates(x, intermediates_only=True)
 
-    expected = levels(images())
+    x = images(1, size=32)  # 16-bit convolutions are slow where the processor has none
+    expected = levels(x)
     model.to(dtype)
-    outputs = levels(images().to(dtype))
+    outputs = levels(x.to(dtype))
     assert {output.dtype for output in outputs} == {dtype}
     assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {dtype}
     assert all(output.isfinite().all() for output in outputs)
@@ -150,7 +148,7 @@ def test_types(model, dtype):
 
 @pytest.mark.parametrize('name', SMALLEST)
 def test_autocast(name):
-    model, x = network(name).train(), images()
+    model, x = network(name).train(), images(size=32)
     with torch.autocast('cpu', torch.bfloat16):
         output = model(x)
     assert output.dtype == torch.bfloat16
@@ -183,29 +181,3 @@ def test_one_sample_trains_where_norms_allow_it():
         network('kw1x_resnet18').train()(images(1))
     with torch.no_grad():
         assert network('kw1x_resnet18')(images(1)).shape == (1, 1000)
-
-
-def _train(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(os.path.join(folder, 'store'), 2)
-    torch.distributed.init_process_group('gloo', store=store, rank=rank, world_size=2)
-    model = timm.create_model('kw1x_resnet18')
-    model.load_state_dict(torch.load(os.path.join(folder, 'weights.pth')))
-    parallel = DistributedDataParallel(model.double().eval(), find_unused_parameters=False)
-    kw_timm.set_temperature(parallel, 0.25)
-    found = gradients(parallel, images(4, size=32).double()[2 * rank : 2 * rank + 2])
-    torch.save(found, os.path.join(folder, f'gradients_{rank}.pth'))
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes(tmp_path):
-    """Each process takes half of a batch; both end up with the gradients of the whole."""
-    model = network('kw1x_resnet18')
-    torch.save(model.state_dict(), tmp_path / 'weights.pth')
-    kw_timm.set_temperature(model, 0.25)
-    expected = gradients(model.double(), images(4, size=32).double())
-    torch.multiprocessing.spawn(_train, args=(str(tmp_path),), nprocs=2)
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f'gradients_{rank}.pth')
-        found = {key.removeprefix('module.'): gradient for key, gradient in found.items()}
-        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
