@@ -7,9 +7,10 @@ from timm.layers import Conv2dSame
 from torch import nn
 
 from .layers import KWLayer, KWLinear, Warehouse
-from .layers.attention import NormLayer
+from .layers.attention import NormLayer, make_basis
 from .layers.norms import AttentionBatchNorm
-from .plans import WarehousePlan, check_sizes, kernel_shape, plan_sizes
+from .layers.partition import partition_kernels
+from .plans import WarehousePlan, check_sizes, kernel_shape, naming, plan_sizes
 from .replaceable import check_replaceable, counterpart
 
 __all__ = ['WarehousePlan', 'drop_unused_warehouses', 'kernelize']
@@ -62,8 +63,7 @@ def kernelize(
     _check_plan(model, plan, modules, registered)
 
     check_sizes(plan_sizes(model, plan, norm_layer), max_weights)
-    # Without memory at first: what is wrong with a later warehouse shows before any is made.
-    _make(plan, modules, order, norm_layer, 'meta')
+    _check_cells(plan, modules, order)
     added, replacements = _make(plan, modules, order, norm_layer)
     added.train(model.training)
     if registered is None:
@@ -79,37 +79,38 @@ def kernelize(
     return registered
 
 
+def _check_cells(plan: Mapping[str, WarehousePlan], modules: Mapping[str, nn.Module], order: Mapping[str, int]) -> None:
+    """Raise ValueError for warehouses that cannot be made, which would show when others are made already."""
+    for name, entry in plan.items():
+        layers = sorted(entry.layers, key=order.__getitem__)
+        with naming(name, layers):
+            partition = partition_kernels([kernel_shape(modules[layer]) for layer in layers], *entry.ratios)
+            for share in partition.layers:
+                make_basis(share, partition, entry.nonlocal_basis_ratio)
+    try:
+        _Warehouses(dict.fromkeys(plan, nn.Identity()))
+    except KeyError as error:
+        raise ValueError(f'The plan has an unusable warehouse name: {error.args[0]}.') from error
+
+
 def _make(
     plan: Mapping[str, WarehousePlan],
     modules: Mapping[str, nn.Module],
     order: Mapping[str, int],
     norm_layer: NormLayer,
-    device: str | None = None,
 ) -> tuple[nn.ModuleDict, dict[str, KWLayer]]:
-    """Make warehouses and layers, on the device of what they replace or on another."""
+    """Make warehouses and layers, on the device of what they replace."""
     made: dict[str, Warehouse] = {}
     replacements: dict[str, KWLayer] = {}
     for name, entry in plan.items():
         layers = sorted(entry.layers, key=order.__getitem__)
         first = next(modules[layers[0]].parameters())
-        factory: dict[str, Any] = {'device': device or first.device, 'dtype': first.dtype}
-        try:
-            made[name] = Warehouse(
-                [kernel_shape(modules[layer]) for layer in layers],
-                entry.cell_num_ratio,
-                entry.cell_inplane_ratio,
-                entry.cell_outplane_ratio,
-                entry.spatial_partition,
-                **factory,
-            )
+        factory: dict[str, Any] = {'device': first.device, 'dtype': first.dtype}
+        with naming(name, layers):
+            made[name] = Warehouse([kernel_shape(modules[layer]) for layer in layers], *entry.ratios, **factory)
             for i, layer in enumerate(layers):
                 replacements[layer] = _kw_layer(modules[layer], made[name], i, entry, norm_layer, factory)
-        except ValueError as error:
-            raise ValueError(f"Warehouse '{name}' of layers {', '.join(layers)}: {error}") from error
-    try:
-        return _Warehouses(made), replacements
-    except KeyError as error:
-        raise ValueError(f'The plan has an unusable warehouse name: {error.args[0]}.') from error
+    return _Warehouses(made), replacements
 
 
 def _register_first(model: nn.Module, warehouses: nn.ModuleDict) -> nn.ModuleDict:

@@ -1,7 +1,8 @@
 """Plans: which layers of a network share a warehouse; what a plan makes, before anything is made."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from .layers.attention import NormLayer, basis_size, hidden_width
 from .layers.partition import cut_kernels
 
-__all__ = ['PlanSizes', 'WarehousePlan', 'WarehouseSizes', 'check_sizes', 'kernel_shape', 'plan_sizes']
+__all__ = ['PlanSizes', 'WarehousePlan', 'WarehouseSizes', 'check_sizes', 'kernel_shape', 'naming', 'plan_sizes']
 
 # The released networks have at most 5 times the weights of their static kernels; what is small may be more.
 _LEAST_LIMIT, _MOST_GROWTH = 10_000_000, 20
@@ -39,6 +40,11 @@ class WarehousePlan:
     reduction: float = 1 / 16
     nonlocal_basis_ratio: float = 1.0
     spatial_partition: bool = True
+
+    @property
+    def ratios(self) -> tuple[float, float, float, bool]:
+        """What decides over the cells, as :class:`~kw_timm.layers.Warehouse` takes it behind the kernels' shapes."""
+        return self.cell_num_ratio, self.cell_inplane_ratio, self.cell_outplane_ratio, self.spatial_partition
 
 
 @dataclass(frozen=True)
@@ -148,10 +154,8 @@ def plan_sizes(
             if not layer or not isinstance(getattr(modules.get(layer), 'weight', None), torch.Tensor):
                 raise ValueError(f"Warehouse '{name}' plans the layer '{layer}', which the network does not have.")
         layers = sorted(entry.layers, key=order.__getitem__)
-        try:
+        with naming(name, layers):
             sizes.append(_warehouse_sizes(name, entry, {layer: modules[layer] for layer in layers}, norm_layer))
-        except ValueError as error:
-            raise ValueError(f"Warehouse '{name}' of layers {', '.join(layers)}: {error}") from error
     return PlanSizes(tuple(sizes))
 
 
@@ -183,6 +187,15 @@ def check_sizes(sizes: PlanSizes, limit: float | None) -> None:
     )
 
 
+@contextmanager
+def naming(warehouse: str, layers: Sequence[str]) -> Iterator[None]:
+    """Say in a ValueError which warehouse of a plan it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Warehouse '{warehouse}' of layers {', '.join(layers)}: {error}") from error
+
+
 def kernel_shape(layer: Any) -> tuple[int, ...]:
     """Return a layer's kernel as a convolution's: ``(O, I / groups, *k)``, of a linear layer ``(O, I, 1)``."""
     shape = tuple(layer.weight.shape)
@@ -193,7 +206,7 @@ def _warehouse_sizes(
     name: str, entry: WarehousePlan, layers: Mapping[str, Any], norm_layer: NormLayer
 ) -> WarehouseSizes:
     shapes = {layer: kernel_shape(module) for layer, module in layers.items()}
-    cell_shape, grids, cells = _cut(entry, list(shapes.values()))
+    cell_shape, grids, cells = cut_kernels(list(shapes.values()), *entry.ratios)
     attention = _attention_weights(entry, list(layers.values()), grids, cells, norm_layer)
     return WarehouseSizes(
         name,
@@ -223,7 +236,7 @@ def _culprits(
 
     def weights(names: list[str]) -> float:
         try:
-            _, grids, cells = _cut(entry, [shapes[name] for name in names])
+            _, grids, cells = cut_kernels([shapes[name] for name in names], *entry.ratios)
         except ValueError:
             return math.inf
         return _attention_weights(entry, [layers[name] for name in names], grids, cells, norm)
@@ -242,13 +255,6 @@ def _culprits(
         if least < attention / 10:  # So much that blaming more layers would be unfair.
             break
     return tuple(culprits)
-
-
-def _cut(
-    entry: WarehousePlan, shapes: list[tuple[int, ...]]
-) -> tuple[tuple[int, ...], list[tuple[int, int, int]], int]:
-    ratios = (entry.cell_num_ratio, entry.cell_inplane_ratio, entry.cell_outplane_ratio)
-    return cut_kernels(shapes, *ratios, entry.spatial_partition)
 
 
 def _attention_weights(

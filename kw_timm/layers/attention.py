@@ -10,7 +10,7 @@ from ..ops.modes import is_recording
 from .norms import as_attention_norm, normalize
 from .partition import LayerPartition, Partition
 
-__all__ = ['KWAttention', 'NonLocalBasis', 'basis_size', 'hidden_width', 'sum_of_magnitudes']
+__all__ = ['KWAttention', 'NonLocalBasis', 'basis_size', 'hidden_width', 'make_basis', 'sum_of_magnitudes']
 
 NormLayer = Callable[..., nn.Module]
 
@@ -92,9 +92,8 @@ class KWAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 0 < nonlocal_basis_ratio <= 1:
-            raise ValueError(f'nonlocal_basis_ratio must be above 0 and at most 1, got {nonlocal_basis_ratio!r}.')
         share: LayerPartition = partition.layers[index]
+        basis = make_basis(share, partition, nonlocal_basis_ratio)
         self.num_mixtures = share.num_mixtures
         self.num_cells = partition.num_cells
         self.temperature: float = 0.0
@@ -103,9 +102,8 @@ class KWAttention(nn.Module):
         self.fc1 = nn.Linear(in_channels, hidden, bias=norm_layer is not nn.BatchNorm1d, device=device, dtype=dtype)
         self.norm1 = as_attention_norm(norm_layer(hidden, device=device, dtype=dtype))
         self.act1 = nn.ReLU()
-        self.nonlocal_basis = nonlocal_basis_ratio < 1
-        if self.nonlocal_basis:
-            basis = NonLocalBasis(share, partition, nonlocal_basis_ratio)
+        self.nonlocal_basis = basis is not None
+        if basis is not None:
             columns = self.num_mixtures * basis.columns
             self.basis = basis
             self.fc2 = nn.Linear(hidden, columns, bias=False, device=device, dtype=dtype)
@@ -200,3 +198,14 @@ class NonLocalBasis(nn.Module):
         others = expand(basis)
         before, after = others.split((self.start, self.num_nonlocal - self.start), dim=-1)
         return torch.cat((before, local, after, zero), dim=-1).flatten(1)
+
+
+def make_basis(share: LayerPartition, partition: Partition, ratio: float) -> NonLocalBasis | None:
+    """Return the basis of a layer, None at a ratio of 1, where every cell is reached directly.
+
+    Raises:
+        ValueError: If the ratio is not in (0, 1], or as :class:`NonLocalBasis`.
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(f'nonlocal_basis_ratio must be above 0 and at most 1, got {ratio!r}.')
+    return NonLocalBasis(share, partition, ratio) if ratio < 1 else None
