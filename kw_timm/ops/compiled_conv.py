@@ -11,7 +11,7 @@ import torch
 
 from .convolution import convolve, convolve_backward
 from .spec import ConvSpec
-from .straightforward import in_type_of
+from .straightforward import add_bias
 
 __all__ = ['conv_in_compiled_graph']
 
@@ -20,8 +20,7 @@ def conv_in_compiled_graph(
     x: torch.Tensor, kernels: torch.Tensor, bias: torch.Tensor | None, spec: ConvSpec
 ) -> torch.Tensor:
     """Convolve as :func:`~kw_timm.ops.conv_per_sample` does. Differentiable."""
-    y = torch.ops.kw_timm.convolve(x, kernels, spec.stride, spec.padding, spec.dilation, spec.groups)
-    return y if bias is None else y + in_type_of(y, bias).view(-1, *(1,) * (y.dim() - 2))
+    return add_bias(torch.ops.kw_timm.convolve(x, kernels, spec.stride, spec.padding, spec.dilation, spec.groups), bias)
 
 
 def _spec(kernels: torch.Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> ConvSpec:

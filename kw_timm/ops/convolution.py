@@ -8,17 +8,14 @@
 
 import torch
 
-from .modes import is_making_graph
 from .spec import ConvSpec
-from .straightforward import CONV, conv_per_sample, in_type_of
+from .straightforward import CONV, add_bias, conv_per_sample
 
 __all__ = ['conv_pointwise', 'convolve', 'convolve_backward']
 
 
 def prefers_loop(x: torch.Tensor, spec: ConvSpec) -> bool:
     """Return whether one call per sample beats one call for the batch."""
-    if is_making_graph():
-        return False
     return x.shape[0] == 1 or (x.device.type == 'cpu' and spec.groups == 1)
 
 
@@ -42,7 +39,7 @@ def convolve(
         ``(B, O, *spatial')``.
     """
     pointwise = spec.is_pointwise
-    one = x.shape[0] == 1 and out is None and not is_making_graph()
+    one = x.shape[0] == 1 and out is None
     if one and not pointwise:
         return _convolve_one(x, kernels[0], bias, spec)
     size = (x.shape[0], kernels.shape[1], *spec.output_size(x))
@@ -64,8 +61,7 @@ def convolve(
 def conv_pointwise(x: torch.Tensor, kernels: torch.Tensor, bias: torch.Tensor | None, spec: ConvSpec) -> torch.Tensor:
     """Convolve each sample with its own pointwise kernel, by torch's differentiable operations alone."""
     y = torch.bmm(kernels.flatten(2).squeeze(-1), _columns(x, spec))
-    y = y.view(x.shape[0], kernels.shape[1], *spec.output_size(x))
-    return y if bias is None else y + in_type_of(y, bias).view(-1, *(1,) * (y.dim() - 2))
+    return add_bias(y.view(x.shape[0], kernels.shape[1], *spec.output_size(x)), bias)
 
 
 def _convolve_one(x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None, spec: ConvSpec) -> torch.Tensor:

@@ -17,7 +17,7 @@ from .buffers import sum_buffer
 from .compiled_conv import conv_in_compiled_graph
 from .convolution import conv_pointwise, convolve, convolve_backward
 from .mixing import add_dot_products, add_products, mix_cells
-from .modes import is_making_graph, is_recording, is_transforming
+from .modes import is_recording, is_transforming
 from .products import conv_by_products
 from .spec import ConvSpec, check_input
 from .straightforward import arrange_gradient, assemble_kernels, in_type_of, straightforward_conv
@@ -149,9 +149,8 @@ def _must_be_straightforward(x: torch.Tensor, coefficients: torch.Tensor, cells:
 
 def _chunks(x: torch.Tensor, kernel_bytes: int) -> Iterator[slice]:
     """Slices of the batch, of like sizes, whose kernels are in memory at one time."""
-    in_parts = x.device.type == 'cpu' and not is_making_graph()
     most = max(1, _CHUNK_BYTES // kernel_bytes)
-    return _slices(x.shape[0], -(-x.shape[0] // most) if in_parts else 1)
+    return _slices(x.shape[0], -(-x.shape[0] // most) if x.device.type == 'cpu' else 1)
 
 
 def _slices(length: int, count: int) -> Iterator[slice]:

@@ -2,11 +2,10 @@
 
 import torch
 
-__all__ = ['is_exporting', 'is_making_graph', 'is_plain', 'is_recording', 'is_tracing', 'is_transforming']
+__all__ = ['is_plain', 'is_recording', 'is_transforming']
 
 # Before torch 2.7 exporting and compiling could not be told apart.
-is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
-is_tracing = torch.jit.is_tracing
+_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
 
 _dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', lambda: 0)
 _functorch_level = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)
@@ -18,12 +17,7 @@ def is_recording() -> bool:
 
     It should consist of torch's own operations, and no constant in it should depend on the batch or its size.
     """
-    return bool(is_exporting() or is_tracing())
-
-
-def is_making_graph() -> bool:
-    """Return whether what runs is being recorded, and should then serve any batch size."""
-    return bool(torch.compiler.is_compiling() or is_tracing())
+    return bool(_is_exporting() or torch.jit.is_tracing())
 
 
 def is_transforming() -> bool:

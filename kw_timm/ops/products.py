@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .spec import ConvSpec
-from .straightforward import in_type_of, mix
+from .straightforward import add_bias, in_type_of, mix
 
 __all__ = ['conv_by_products']
 
@@ -27,16 +27,7 @@ def conv_by_products(
 ) -> torch.Tensor:
     """Convolve each sample with the kernel that its coefficients make of the cells. Differentiable.
 
-    Args:
-        x: Inputs, ``(B, C, *spatial)``; padding that only ends get is there already.
-        coefficients: Attention, ``(B, m, n)``.
-        cells: ``(n, co, ci, *window)``, or each mixture's own, ``(m, n, co, ci, *window)``.
-        bias: ``(O,)`` or None, the same for all samples.
-        spec: The layer's constants.
-        factors: ``(O,)``, what to multiply the kernels' output channels by, or None.
-
-    Returns:
-        ``(B, O, *spatial')``.
+    Arguments and result as :func:`~kw_timm.ops.convolve_fixed`, which checks them and pads the input's end.
     """
     kernels = _arrange(mix(coefficients, cells, spec), spec)
     if factors is not None:
@@ -45,7 +36,7 @@ def conv_by_products(
     if any(spec.padding):
         x = F.pad(x, [zeros for padding in reversed(spec.padding) for zeros in (padding, padding)])
     y = _depthwise(x, kernels, spec) if spec.groups > 1 == spec.kernel_shape[1] else _dense(x, kernels, spec)
-    return y if bias is None else y + in_type_of(y, bias).view(-1, *(1,) * len(spec.kernel_size))
+    return add_bias(y, bias)
 
 
 def _arrange(mixed: torch.Tensor, spec: ConvSpec) -> torch.Tensor:

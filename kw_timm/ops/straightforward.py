@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from .spec import ConvSpec
 
 __all__ = [
+    'add_bias',
     'arrange_gradient',
     'arrange_kernels',
     'assemble_kernels',
@@ -108,7 +109,9 @@ def conv_per_sample(x: torch.Tensor, kernels: torch.Tensor, bias: torch.Tensor |
     # The batch becomes groups of one wide sample, which is what lets every sample have its own kernel.
     wide = x.reshape(1, batch * x.shape[1], *x.shape[2:])
     y = conv(wide, kernels.flatten(0, 1), None, spec.stride, spec.padding, spec.dilation, batch * spec.groups)
-    y = y.reshape(batch, kernels.shape[1], *y.shape[2:])
-    if bias is not None:
-        y = y + bias.to(y.dtype).view(-1, *(1,) * (y.dim() - 2))
-    return y
+    return add_bias(y.reshape(batch, kernels.shape[1], *y.shape[2:]), bias)
+
+
+def add_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return ``y: (B, O, *spatial)`` with a bias ``(O,)`` for every channel, or as it is."""
+    return y if bias is None else y + in_type_of(y, bias).view(-1, *(1,) * (y.dim() - 2))
