@@ -6,7 +6,7 @@ from .inference import mixing_work, optimization_report, optimize_for_inference
 from .kernelize import WarehousePlan, kernelize
 from .plans import PlanSizes, plan_sizes
 from .temperature import TemperatureSchedule, get_temperature, set_temperature
-from .weights import load_checkpoint
+from .weights import load_checkpoint, load_static
 
 __version__ = '0.1.0'
 
@@ -19,6 +19,7 @@ __all__ = [
     'get_temperature',
     'kernelize',
     'load_checkpoint',
+    'load_static',
     'mixing_work',
     'models',
     'optimization_report',

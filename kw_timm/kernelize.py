@@ -10,14 +10,22 @@ from .layers import KWLayer, KWLinear, Warehouse
 from .layers.attention import NormLayer, make_basis
 from .layers.norms import AttentionBatchNorm
 from .layers.partition import partition_kernels
+from .layers.start import check_init
 from .plans import WarehousePlan, check_sizes, kernel_shape, naming, plan_sizes
 from .replaceable import check_replaceable, counterpart
+from .takeover import WEIGHTS, kernel_std, take_over
 
 __all__ = ['WarehousePlan', 'drop_unused_warehouses', 'kernelize']
 
 
 class _Warehouses(nn.ModuleDict):
-    """Warehouses by name; passes its input on, because an ``nn.Sequential`` calls everything it holds."""
+    """Warehouses by name; passes its input on, because an ``nn.Sequential`` calls everything it holds.
+
+    Attributes:
+        errors: By layer how far its kernel was from the static one when it began, relative, with ``weights='keep'``.
+    """
+
+    errors: dict[str, float]
 
     def forward(self, x: Any) -> Any:
         return x
@@ -28,18 +36,27 @@ def kernelize(
     plan: Mapping[str, WarehousePlan],
     norm_layer: NormLayer = nn.BatchNorm1d,
     *,
+    weights: str = 'new',
+    init: str = 'live',
     max_weights: float | None = None,
 ) -> nn.ModuleDict:
     """Replace planned layers of a network by KW layers, in place, and allocate their warehouses.
 
     The warehouses become the network's ``warehouses`` (an ``nn.ModuleDict`` in the plan's order; those already there
-    stay). A KW layer keeps stride, padding, dilation, groups and the presence of a bias; its weights are new.
+    stay). A KW layer keeps stride, padding, dilation, groups and bias. Unless the initialization is the published one
+    it begins with the weights that the static layer has, those that the network's own initialization drew or trained
+    ones: at ``b >= 1`` each kernel is the static one and varies with the image a little.
 
     Args:
         model: Network with ``nn.Conv1d/2d/3d`` and ``nn.Linear`` layers.
         plan: Warehouse name -> layers and ratios.
         norm_layer: Norm within the attention: ``nn.BatchNorm1d`` (with a bias-free first linear layer) or
             ``nn.LayerNorm``.
+        weights: ``'new'``; or ``'keep'`` for exactly the outputs of before, at temperature 0, in training and in
+            evaluation mode, from where attention and cells learn. At ``b < 1`` there are too few cells for that: then
+            the kernels are the nearest in the sense of least squares, and ``warehouses.errors`` says by layer how near.
+        init: With new weights ``'live'``, or ``'published'`` for the paper's ImageNet recipes, which need the
+            temperature annealed; see :mod:`kw_timm.layers.start`.
         max_weights: Most weights that the plan may make, in cells and attentions; None for 20 times those of the
             kernels that are replaced (at least 10 million), ``math.inf`` for any number.
             :func:`~kw_timm.plan_sizes` shows what a plan makes.
@@ -50,13 +67,14 @@ def kernelize(
     Raises:
         ValueError: If the plan names a layer that is missing, of another type or planned twice; one whose weight is
             tied, parametrized, pruned, or read by the module above it instead of the layer being called; one with
-            hooks; if a warehouse cannot be partitioned; or if the plan makes too many weights. Nothing is allocated,
-            and the network is unchanged.
+            hooks; if a warehouse cannot be partitioned; if the plan makes too many weights; or if ``weights`` or
+            ``init`` is unknown. Nothing is allocated, and the network is unchanged.
 
     Example:
         >>> model = timm.create_model('resnet18')
         >>> kernelize(model, {'last': WarehousePlan(['layer4.1.conv1', 'layer4.1.conv2'])})
     """
+    _check_start(weights, init)
     modules = dict(model.named_modules())
     order = {name: i for i, name in enumerate(modules)}
     registered = getattr(model, 'warehouses', None)
@@ -64,12 +82,13 @@ def kernelize(
 
     check_sizes(plan_sizes(model, plan, norm_layer), max_weights)
     _check_cells(plan, modules, order)
-    added, replacements = _make(plan, modules, order, norm_layer)
+    added, replacements = _make(plan, modules, order, norm_layer, weights, init)
     added.train(model.training)
     if registered is None:
         registered = _register_first(model, added)
     else:
         registered.update(added)
+        registered.errors = {**getattr(registered, 'errors', {}), **added.errors}
     for layer, replacement in replacements.items():
         replacement.train(modules[layer].training)
         if isinstance(replacement.attention.norm1, AttentionBatchNorm):
@@ -98,19 +117,38 @@ def _make(
     modules: Mapping[str, nn.Module],
     order: Mapping[str, int],
     norm_layer: NormLayer,
-) -> tuple[nn.ModuleDict, dict[str, KWLayer]]:
+    weights: str,
+    init: str,
+) -> tuple['_Warehouses', dict[str, KWLayer]]:
     """Make warehouses and layers, on the device of what they replace."""
     made: dict[str, Warehouse] = {}
     replacements: dict[str, KWLayer] = {}
+    errors: dict[str, float] = {}
     for name, entry in plan.items():
         layers = sorted(entry.layers, key=order.__getitem__)
         first = next(modules[layers[0]].parameters())
         factory: dict[str, Any] = {'device': first.device, 'dtype': first.dtype}
+        shapes = [kernel_shape(modules[layer]) for layer in layers]
+        stds = [kernel_std(modules[layer]) for layer in layers] if init != 'published' else []
         with naming(name, layers):
-            made[name] = Warehouse([kernel_shape(modules[layer]) for layer in layers], *entry.ratios, **factory)
+            made[name] = Warehouse(shapes, *entry.ratios, init, stds, **factory)
             for i, layer in enumerate(layers):
                 replacements[layer] = _kw_layer(modules[layer], made[name], i, entry, norm_layer, factory)
-    return _Warehouses(made), replacements
+        if init != 'published':
+            errors |= take_over(made[name], {layer: (replacements[layer], modules[layer]) for layer in layers}, weights)
+    warehouses = _Warehouses(made)
+    warehouses.errors = errors
+    return warehouses, replacements
+
+
+def _check_start(weights: str, init: str) -> None:
+    check_init(init)
+    if weights not in WEIGHTS:
+        raise ValueError(
+            f"weights must be 'new' (the default) or 'keep' (what the layers have learnt), got {weights!r}."
+        )
+    if weights == 'keep' and init == 'published':
+        raise ValueError("weights='keep' starts from the layers' weights, and init='published' from random ones.")
 
 
 def _register_first(model: nn.Module, warehouses: nn.ModuleDict) -> nn.ModuleDict:

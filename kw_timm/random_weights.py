@@ -4,15 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .layers import KWAttention, Warehouse
+
 __all__ = ['drawn_images', 'enliven', 'fit_norms', 'settle']
 
 
 def settle(network: nn.Module, size: int = 128) -> nn.Module:
     """Make the random weights of a network for RGB images sound, in place, and put it in eval mode.
 
-    As initialized, kernels of a KW network are so small in eval mode that signals vanish, layer scales hide what a
-    block computes, and attentions may hang on rounding. So: kernels depend on the image, though mostly on a bias,
-    layer scales are 0.5, and BatchNorms take the statistics of drawn images of ``size`` x ``size`` pixels.
+    As initialized, kernels depend on the image too little to show it, or by the published initialization are so small
+    in eval mode that signals vanish. So: kernels depend on the image, though mostly on a bias, layer scales are 0.5,
+    and BatchNorms take the statistics of drawn images of ``size`` x ``size`` pixels.
     """
     enliven(network, torch.Generator().manual_seed(0))
     return fit_norms(network, drawn_images(4, (size, size)).to(next(network.parameters())))
@@ -21,6 +23,10 @@ def settle(network: nn.Module, size: int = 128) -> nn.Module:
 @torch.no_grad()
 def enliven(network: nn.Module, generator: torch.Generator) -> None:
     """Set new weights, in place, such that kernels depend on the image and every block shows in the output."""
+    for module in network.modules():
+        if isinstance(module, KWAttention | Warehouse):  # From which every cell counts, not the assigned ones alone.
+            module.init = 'published'
+            module.reset_parameters()
     for name, parameter in network.named_parameters():
         if name.endswith('.gamma'):
             parameter.fill_(0.5)

@@ -14,7 +14,7 @@ FLOORS = (
     ('kw_timm._mixing', 'kw_timm.files'),
     ('kw_timm.ops',),
     ('kw_timm.layers', 'kw_timm.readers'),
-    ('kw_timm.plans', 'kw_timm.replaceable'),
+    ('kw_timm.plans', 'kw_timm.replaceable', 'kw_timm.takeover'),
     ('kw_timm.kernelize', 'kw_timm.temperature', 'kw_timm.inference', 'kw_timm.counting'),
     ('kw_timm.weights', 'kw_timm.padding'),
     ('kw_timm.models',),

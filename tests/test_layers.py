@@ -202,33 +202,6 @@ def test_gradients(basis):
     )
 
 
-@pytest.mark.parametrize('budget', [0.5, 1, 4])
-def test_initial_cells(budget):
-    """Kaiming normal (fan out) over each layer's own slice."""
-    torch.manual_seed(0)
-    warehouse = Warehouse([(64, 32, 2, 2), (128, 64, 2, 2)], budget, 0.25, 0.25)
-    for layer in warehouse.partition.layers:
-        own = warehouse.weight[layer.start : layer.stop].detach()
-        expected = math.sqrt(2 / (len(own) * own.shape[1]))
-        assert own.std().item() == pytest.approx(expected, rel=4 / math.sqrt(2 * own.numel()))
-        assert abs(own.mean().item()) < 4 * expected / math.sqrt(own.numel())
-
-
-def test_initial_attention():
-    torch.manual_seed(0)
-    partition = partition_kernels([(64, 64, 3, 3), (64, 64, 3, 3)])
-    attention = KWAttention(256, partition, 0, reduction=0.25, norm_layer=nn.LayerNorm)
-    for linear in (attention.fc1, attention.fc2):
-        assert linear.weight.std().item() == pytest.approx(math.sqrt(2 / linear.out_features), rel=0.05)
-        assert not linear.bias.any()
-    assert (attention.norm1.weight == 1).all()
-    assert not attention.norm1.bias.any()
-    basis = KWAttention(256, partition, 0, reduction=0.25, nonlocal_basis_ratio=0.5)
-    assert basis.fc3.weight.std().item() == pytest.approx(math.sqrt(2 / basis.fc3.out_features), rel=0.15)
-    assert not basis.basis_bias.any()
-    assert basis.fc2.bias is None
-
-
 def test_sizes_of_the_attention():
     partition = partition_kernels([(64, 64, 3, 3), (64, 64, 1, 1)])
     assert KWAttention(64, partition, 0).fc1.out_features == 16

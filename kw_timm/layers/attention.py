@@ -9,6 +9,7 @@ from torch import nn
 from ..ops.modes import is_recording
 from .norms import as_attention_norm, normalize
 from .partition import LayerPartition, Partition
+from .start import ALIVE, check_init, inertia, start_codes
 
 __all__ = ['KWAttention', 'NonLocalBasis', 'basis_size', 'hidden_width', 'make_basis', 'sum_of_magnitudes']
 
@@ -69,6 +70,7 @@ class KWAttention(nn.Module):
         nonlocal_basis_ratio: Below 1, cells of other layers are reached through a basis of this relative size.
         norm_layer: Norm of the hidden vector; ``nn.BatchNorm1d`` goes with a bias-free first linear layer, any other
             with a bias.
+        init: How it begins, ``'live'`` or ``'published'``; see :mod:`kw_timm.layers.start`.
         device: Device of the parameters.
         dtype: Type of the parameters.
 
@@ -88,11 +90,13 @@ class KWAttention(nn.Module):
         reduction: float = 1 / 16,
         nonlocal_basis_ratio: float = 1.0,
         norm_layer: NormLayer = nn.BatchNorm1d,
+        init: str = 'live',
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         share: LayerPartition = partition.layers[index]
+        self.init, self._codes = check_init(init), start_codes(share, partition)
         basis = make_basis(share, partition, nonlocal_basis_ratio)
         self.num_mixtures = share.num_mixtures
         self.num_cells = partition.num_cells
@@ -120,13 +124,54 @@ class KWAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize: linear layers Kaiming normal (fan out, ReLU), biases 0, norm 1 and 0."""
+        """Begin anew, as ``init`` says."""
+        if self.init == 'published':
+            self._reset_published()
+        else:
+            self.begin(self.codes)
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """What the mixtures begin as, ``(m, n + 1)``, see :func:`~kw_timm.layers.start.start_codes`."""
+        return self._codes.dense(self.fc2.weight, self.num_cells + 1)
+
+    @property
+    def assigned(self) -> tuple[int, ...]:
+        """For each mixture the cell that it equals at temperature 1; ``num_cells`` stands for the zero cell."""
+        return self._assigned
+
+    def _reset_published(self) -> None:
+        # Linear layers Kaiming normal (fan out, ReLU), biases 0, norm 1 and 0.
         for linear in (self.fc1, self.fc2, *((self.fc3,) if self.nonlocal_basis else ())):
             nn.init.kaiming_normal_(linear.weight, mode='fan_out', nonlinearity='relu')
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
         if self.nonlocal_basis:
             nn.init.zeros_(self.basis_bias)
+        self._reset_norm()
+
+    @torch.no_grad()
+    def begin(self, codes: torch.Tensor, alive: float = ALIVE) -> None:
+        """Let every mixture be, for all inputs nearly or wholly the same, a given combination of cells.
+
+        Args:
+            codes: Coefficients ``(m, n + 1)``, the zero cell's last; magnitudes of a mixture sum to 1.
+            alive: What varies with the input: magnitudes, relative to those of the codes, summed over a mixture, for
+                hidden units of unit variance. With 0 the coefficients are the codes, and only gradients vary.
+        """
+        scale = inertia(self.num_cells)
+        nn.init.kaiming_normal_(self.fc1.weight, nonlinearity='linear')
+        if self.fc1.bias is not None:
+            nn.init.zeros_(self.fc1.bias)
+        self._reset_norm()
+        # Of a normal variable the mean magnitude is 0.8 standard deviations; half of a hidden unit's square survives.
+        std = alive * scale / (self.num_cells + 1) / 0.8 / (self.fc1.out_features / 2) ** 0.5
+        nn.init.normal_(self.fc2.weight, std=std)
+        if self.nonlocal_basis:
+            nn.init.normal_(self.fc3.weight, std=self.fc3.in_features**-0.5)
+        (self.basis_bias if self.nonlocal_basis else self.fc2.bias).copy_(scale * codes.flatten())
+
+    def _reset_norm(self) -> None:
         reset_norm = getattr(self.norm1, 'reset_parameters', None)
         if reset_norm is not None:
             reset_norm()

@@ -102,7 +102,7 @@ class KWLayer(SharingLayer):
         # Bypasses module registration; deepcopy and pickle still keep layer and network on one warehouse.
         self.__dict__['warehouse'] = warehouse
         self.attention = KWAttention(
-            in_channels, partition, index, reduction, nonlocal_basis_ratio, norm_layer, device=device, dtype=dtype
+            in_channels, partition, index, reduction, nonlocal_basis_ratio, norm_layer, warehouse.init, device, dtype
         )
         self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from .partition import KernelShape, Partition, partition_kernels
 from .shared import SharedModule
+from .start import cell_std, check_init
 
 __all__ = ['Warehouse']
 
@@ -29,11 +30,14 @@ class Warehouse(SharedModule):
         cell_inplane_ratio: Cell input channels relative to the layers' greatest common divisor.
         cell_outplane_ratio: Cell output channels relative to the layers' greatest common divisor.
         spatial_partition: Cut spatial positions apart (cells are 1x1).
+        init: ``'live'``: kernels vary as those of static layers do; ``'published'``: as in the paper's recipes. See
+            :mod:`kw_timm.layers.start`.
+        stds: Standard deviation of every layer's kernel with ``init='live'``; without it Kaiming normal, fan out.
         device: Device of the cells.
         dtype: Type of the cells.
 
     Raises:
-        ValueError: As :func:`~kw_timm.layers.partition.partition_kernels`.
+        ValueError: As :func:`~kw_timm.layers.partition.partition_kernels`, and if ``init`` is unknown.
 
     Source: arXiv 2406.07879, section 3.2.
     """
@@ -45,10 +49,13 @@ class Warehouse(SharedModule):
         cell_inplane_ratio: float = 1.0,
         cell_outplane_ratio: float = 1.0,
         spatial_partition: bool = True,
+        init: str = 'live',
+        stds: Sequence[float | None] = (),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.init, self._stds = check_init(init), stds
         self.partition: Partition = partition_kernels(
             kernel_shapes, cell_num_ratio, cell_inplane_ratio, cell_outplane_ratio, spatial_partition
         )
@@ -58,11 +65,10 @@ class Warehouse(SharedModule):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw each layer's own slice of cells from N(0, 2 / (cells of the slice * co)): Kaiming normal, fan out."""
-        cell_out, window = self.partition.cell_shape[0], self.weight[0, 0, 0].numel()
-        for layer in self.partition.layers:
-            fan_out = max(layer.stop - layer.start, 1) * cell_out * window
-            self.weight[layer.start : layer.stop].normal_(std=(2.0 / fan_out) ** 0.5)
+        """Draw each layer's own slice of cells, see :func:`~kw_timm.layers.start.cell_std`."""
+        for i, layer in enumerate(self.partition.layers):
+            std = cell_std(self.partition, i, self.init, self._stds[i] if self._stds else None)
+            self.weight[layer.start : layer.stop].normal_(std=std)
 
     def forward(self) -> torch.Tensor:
         """Return the cells. Layers ask by a call, so that hooks on the warehouse run: those of pruning and sharding."""

@@ -1,6 +1,7 @@
 """What the three families share: the mixin over timm's networks, and building with timm's own machinery."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -15,6 +16,7 @@ from ..weights import WeightsMismatchError, read_weight_file, to_timm_state_dict
 from ..weights.errors import in_one_line
 from ..weights.load import fit_state_dict
 from ..weights.sound import check_kinds
+from ..weights.static_start import load_static
 from ..weights.store import HUB_ORGANISATION, pretrained_source
 
 __all__ = ['KWNetwork', 'build_kw_model', 'kw_cfg', 'kw_default_cfgs']
@@ -98,7 +100,12 @@ def _adapt_channels(weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def build_kw_model(
-    model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, feature_levels: Sequence[int], **kwargs: Any
+    model_cls: Callable[..., nn.Module],
+    variant: str,
+    pretrained: bool,
+    feature_levels: Sequence[int],
+    pretrained_static: str | Path | Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> nn.Module:
     """Build a variant as timm builds its own models.
 
@@ -108,13 +115,16 @@ def build_kw_model(
         pretrained: Load weights: those that the pretrained cfg names, else the published ones from the local store or
             the Hub, see :mod:`kw_timm.weights.store`.
         feature_levels: Default ``out_indices`` of ``features_only``.
+        pretrained_static: Weights of the static network to start from, see :func:`~kw_timm.load_static`, e.g.
+            ``'resnet50.a1_in1k'``.
         **kwargs: As for ``timm.create_model``.
 
     Returns:
         The network, or its feature extractor with ``features_only=True``.
 
     Raises:
-        ValueError: If ``feature_cls`` is one that cannot work with shared warehouses.
+        ValueError: If ``feature_cls`` is one that cannot work with shared warehouses, or both ``pretrained`` and
+            ``pretrained_static`` are given.
         FileNotFoundError: If ``pretrained_cfg_overlay`` names a weight file that does not exist.
         ValueError: If that file cannot be read, or holds another variant's weights.
         WeightsNotFoundError: If there are no pretrained weights to be had.
@@ -122,6 +132,10 @@ def build_kw_model(
     """
     if 'feature_cls' in kwargs:
         _check_feature_cls(kwargs['feature_cls'])
+    if pretrained_static is not None:
+        if pretrained:
+            raise ValueError("Give pretrained=True for the KW network's weights, or pretrained_static=..., not both.")
+        model_cls = _started_from(model_cls, pretrained_static)
     if pretrained:
         overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
         source = pretrained_source(variant, kwargs.get('pretrained_cfg'), overlay, kwargs.get('cache_dir'))
@@ -142,6 +156,15 @@ def build_kw_model(
             if isinstance(error, ValueError | RuntimeError):
                 raise WeightsMismatchError(f"The file '{weight_file}' was not loaded. {in_one_line(error)}") from error
         raise
+
+
+def _started_from(model_cls: Callable[..., nn.Module], source: Any) -> Callable[..., nn.Module]:
+    def create(**kwargs: Any) -> nn.Module:
+        model = model_cls(**kwargs)
+        load_static(model, source)
+        return model
+
+    return create
 
 
 _FEATURE_CLASSES = (FeatureGetterNet, FeatureGraphNet, FeatureHookNet)

@@ -40,6 +40,7 @@ class KWConvNeXt(KWNetwork, ConvNeXt):
     Args:
         cell_num_ratio: Cells per mixture, the budget ``b``.
         reduction: Hidden width of the attention relative to a layer's input channels.
+        init: How KW layers begin, ``'live'`` or ``'published'``; see :func:`~kw_timm.kernelize`.
         **kwargs: As timm's ConvNeXt takes them; ``conv_mlp`` is fixed.
     """
 
@@ -47,12 +48,20 @@ class KWConvNeXt(KWNetwork, ConvNeXt):
     # The stem's channels are those of its warehouse; `checkpoint_filter_fn` fits them.
     _traits = {'first_conv': None}
 
-    def __init__(self, *args: Any, cell_num_ratio: float = 1.0, reduction: float = 1 / 16, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        cell_num_ratio: float = 1.0,
+        reduction: float = 1 / 16,
+        init: str = 'live',
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, conv_mlp=True, **kwargs)
         kernelize(
             self,
             convnext_plan(self, cell_num_ratio=cell_num_ratio, reduction=reduction),
             norm_layer=nn.LayerNorm,
+            init=init,
         )
 
 

@@ -91,6 +91,7 @@ class KWMobileNetV2(KWNetwork, EfficientNet):
         cell_num_ratio: Cells per mixture, the budget ``b``.
         reduction: Hidden width of the attention relative to a layer's input channels.
         kw_classifier: Make the classifier a KW linear layer with a warehouse of its own.
+        init: How KW layers begin, ``'live'`` or ``'published'``; see :func:`~kw_timm.kernelize`.
         **kwargs: As timm's EfficientNet takes them.
     """
 
@@ -105,6 +106,7 @@ class KWMobileNetV2(KWNetwork, EfficientNet):
         cell_num_ratio: float = 1.0,
         reduction: float = 1 / 16,
         kw_classifier: bool = False,
+        init: str = 'live',
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -115,7 +117,8 @@ class KWMobileNetV2(KWNetwork, EfficientNet):
         )
         if isinstance(self.classifier, nn.Linear):
             nn.init.normal_(self.classifier.weight, std=0.01)
-        kernelize(self, mobilenetv2_plan(self, pointwise, cell_num_ratio, reduction))
+        self.kw_init = init
+        kernelize(self, mobilenetv2_plan(self, pointwise, cell_num_ratio, reduction), init=init)
         self._kernelize_classifier()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -131,7 +134,7 @@ class KWMobileNetV2(KWNetwork, EfficientNet):
 
     def _kernelize_classifier(self) -> None:
         if self.classifier_plan is not None and isinstance(self.classifier, nn.Linear):
-            kernelize(self, {'classifier': self.classifier_plan})
+            kernelize(self, {'classifier': self.classifier_plan}, init=self.kw_init)
 
 
 _CFG = kw_cfg(interpolation='bilinear', first_conv='warehouses.stem', classifier='classifier')

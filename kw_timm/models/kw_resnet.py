@@ -52,6 +52,7 @@ class KWResNet(KWNetwork, ResNet):
         cell_outplane_ratio: Cell output channels, likewise.
         reduction: Hidden width of the attention relative to a layer's input channels.
         nonlocal_basis_ratio: Below 1, saves attention parameters by a non-local basis.
+        init: How KW layers begin, ``'live'`` or ``'published'``; see :func:`~kw_timm.kernelize`.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth rate, the same in every block.
         **kwargs: As timm's ResNet takes them.
@@ -67,6 +68,7 @@ class KWResNet(KWNetwork, ResNet):
         cell_outplane_ratio: float = 1.0,
         reduction: float = 1 / 16,
         nonlocal_basis_ratio: float = 1.0,
+        init: str = 'live',
         drop_rate: float = 0.1,
         drop_path_rate: float = 0.0,
         zero_init_last: bool = False,
@@ -84,7 +86,7 @@ class KWResNet(KWNetwork, ResNet):
             reduction=reduction,
             nonlocal_basis_ratio=nonlocal_basis_ratio,
         )
-        kernelize(self, plan)
+        kernelize(self, plan, init=init)
 
 
 _CFG = kw_cfg(first_conv='conv1', classifier='fc')

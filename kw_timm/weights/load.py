@@ -17,9 +17,9 @@ from .prefixes import WRAPPERS, find_prefix, without_prefix, without_wrappers
 from .sound import check_finite, check_kinds, check_names, first_few, misfits
 from .variants import own_name, own_names, warehouse_names
 
-__all__ = ['fit_state_dict', 'load_checkpoint', 'unwrap_weights']
+__all__ = ['CLASSIFIERS', 'fit_state_dict', 'load_checkpoint', 'unwrap_weights']
 
-_CLASSIFIERS = ('fc.', 'classifier.', 'head.', 'warehouses.classifier.')
+CLASSIFIERS = ('fc.', 'classifier.', 'head.', 'warehouses.classifier.')
 
 
 def load_checkpoint(
@@ -89,7 +89,7 @@ def unwrap_weights(checkpoint: Mapping[str, Any], model: nn.Module, prefix: str 
             )
         state_dict = part
     known = _known_names(model)
-    classifier = {name for name in known if name.startswith(_CLASSIFIERS)}
+    classifier = {name for name in known if name.startswith(CLASSIFIERS)}
     return without_prefix(state_dict, find_prefix(state_dict, known), classifier)
 
 

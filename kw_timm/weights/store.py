@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import resolve_pretrained_cfg
 
@@ -27,6 +29,7 @@ __all__ = [
     'hub_repository',
     'hub_revision',
     'pretrained_source',
+    'reachable',
     'sha256_of',
     'store_folder',
 ]
@@ -264,3 +267,22 @@ def _reason(error: Exception, repository: str, filename: str, revision: str | No
             f"'{constants.HF_HUB_CACHE}', or set HF_HUB_CACHE to a folder on another disk."
         )
     return f"'{filename}' of {where} did not arrive whole: {str(error).splitlines()[0]} Try again."
+
+
+def reachable(name: str, overlay: dict[str, Any]) -> dict[str, Any]:
+    """Say where to load from, as an overlay of timm's cfg, after asking whether the host answers.
+
+    Raises:
+        WeightsNotFoundError: If it does not, and nothing is in the cache.
+    """
+    variant, _, tag = name.partition('.')
+    if ':' in name or 'state_dict' in overlay or (variant.startswith('kw') and not overlay):
+        return overlay  # A file, or a network that asks by itself.
+    cfg = resolve_pretrained_cfg(variant, tag or None, overlay)
+    if not overlay and cfg.hf_hub_id:
+        return pretrained_source(variant, tag or None, {'url': ''})
+    copy = Path(torch.hub.get_dir(), 'checkpoints', Path(urlsplit(cfg.url or '').path).name)
+    reason = unreachable(cfg.url) if cfg.url and not copy.is_file() else None
+    if reason is not None:
+        raise WeightsNotFoundError(f"'{cfg.url}' does not answer ({reason}). Check address, network and proxy.")
+    return overlay
