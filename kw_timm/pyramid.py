@@ -6,26 +6,23 @@ Knows timm only, so that it serves every framework's adapter alike.
 import difflib
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import timm
 import torch
 from timm.layers import LayerNorm2d
-from timm.models import resolve_pretrained_cfg
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import models  # noqa: F401  (registers the KW networks)
 from .layers import Warehouse
 from .padding import without_padding
-from .weights import read_weight_file
+from .weights import load_static, read_weight_file
 from .weights.detectors import OUT_NORM, backbone_part
 from .weights.exact import check_complete, rename_exact
-from .weights.reach import unreachable
 from .weights.static import STATIC_NETWORKS, static_to_timm
-from .weights.store import WeightsNotFoundError, pretrained_source
+from .weights.static_start import is_weight_file
+from .weights.store import WeightsNotFoundError, reachable
 
 __all__ = ['TIMM', 'PyramidFeatures', 'create_network']
 
@@ -75,25 +72,6 @@ def create_network(name: str, **kwargs: Any) -> nn.Module:
         if not unknown:
             raise
         raise ValueError(_about_arguments(name, unknown)) from error
-
-
-def _reachable(name: str, overlay: dict[str, Any]) -> dict[str, Any]:
-    """Say where to load from, as an overlay of timm's cfg, after asking whether the host answers.
-
-    Raises:
-        WeightsNotFoundError: If it does not, and nothing is in the cache.
-    """
-    variant, _, tag = name.partition('.')
-    if ':' in name or 'state_dict' in overlay or (variant.startswith('kw') and not overlay):
-        return overlay  # A file, or a network that asks by itself.
-    cfg = resolve_pretrained_cfg(variant, tag or None, overlay)
-    if not overlay and cfg.hf_hub_id:
-        return pretrained_source(variant, tag or None, {'url': ''})
-    copy = Path(torch.hub.get_dir(), 'checkpoints', Path(urlsplit(cfg.url or '').path).name)
-    reason = unreachable(cfg.url) if cfg.url and not copy.is_file() else None
-    if reason is not None:
-        raise WeightsNotFoundError(f"'{cfg.url}' does not answer ({reason}). Check address, network and proxy.")
-    return overlay
 
 
 def _unknown_arguments(name: str, kwargs: dict[str, Any]) -> list[str]:
@@ -289,7 +267,7 @@ class PyramidFeatures(nn.Module):
             variant = self.name.partition('.')[0]
             overlay = {'state_dict': static_to_timm(part, variant) if variant in STATIC_NETWORKS else part}
         try:
-            args['pretrained_cfg_overlay'] = _reachable(name, overlay)
+            args['pretrained_cfg_overlay'] = reachable(name, overlay)
             whole = create_network(name, pretrained=True, **args).state_dict()
         except RuntimeError as error:
             if overlay and not isinstance(error, WeightsNotFoundError):
@@ -301,6 +279,29 @@ class PyramidFeatures(nn.Module):
                 f'weights with --cfg-options model.backbone.init_cfg=None.'
             ) from error
         self.model.load_state_dict({key: whole[key] for key in self.model.state_dict()})
+
+    def load_static(self, weights: str, prefix: str | None = None) -> None:
+        """Start a KW network from the static one that it was made of, see :func:`~kw_timm.load_static`.
+
+        Args:
+            weights: Weight file of a static classification network or detector, whose output norms are taken too; or a
+                timm name, with ``timm://`` before it or not.
+            prefix: What the names of the backbone's tensors begin with in the file; None finds it.
+
+        Raises:
+            RuntimeError: If timm has no such weights, or their host does not answer.
+            FileNotFoundError: If the file does not exist.
+            ValueError: If the file cannot be read, or holds another network's weights.
+        """
+        if weights.startswith(TIMM) or not is_weight_file(weights):
+            load_static(self.model, weights.removeprefix(TIMM))
+            return
+        state_dict = read_weight_file(weights)
+        load_static(self.model, state_dict, prefix)
+        if self.out_norms:
+            part = backbone_part(state_dict, prefix, weights)
+            norms = {key: value for key, value in part.items() if OUT_NORM.match(key)}
+            self.load_state_dict({key: value for key, value in norms.items() if key in self.state_dict()}, strict=False)
 
     def _load_part(self, part: dict[str, torch.Tensor], source: str) -> None:
         """Load the backbone of a detector: this package's, with ``model.`` and output norms, or the reference's."""

@@ -94,6 +94,32 @@ def test_classification_weights_load(name, naming, tmp_path):
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize('name', ['kw1x_mobilenetv2_050', 'kw1x_convnext_tiny'])
+def test_a_static_detectors_weights_are_kept(name, tmp_path):
+    """At `KernelizeStatic` the KW backbone computes what the static one of a trained detector computes."""
+    static = KWBackbone(name.removeprefix('kw1x_'))
+    with torch.no_grad():
+        for parameter in static.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    static.double().eval()
+    path = tmp_path / 'detector.pth'
+    weights = {f'backbone.{key}': value for key, value in static.state_dict().items()}
+    torch.save({'state_dict': weights | {'rpn_head.rpn_conv.bias': torch.zeros(4)}}, path)
+    x = torch.randn(1, 3, 64, 64).double()
+    for prefix in (None, 'backbone.'):
+        backbone = KWBackbone(name, init_cfg=dict(type='KernelizeStatic', checkpoint=str(path), prefix=prefix))
+        backbone.double().eval().init_weights()
+        for ours, theirs in zip(backbone(x), static(x), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_static_weights_that_do_not_exist(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'no weight file .*nowhere\.pth'):
+        KWBackbone('kw1x_resnet18', init_cfg=dict(type='KernelizeStatic', checkpoint='nowhere.pth')).init_weights()
+    with pytest.raises(ValueError, match=r"'resnet1k' is neither a file nor a network"):
+        KWBackbone('kw1x_resnet18', init_cfg=dict(type='KernelizeStatic', checkpoint='timm://resnet1k')).init_weights()
+
+
 def test_weights_that_do_not_exist_or_fit(tmp_path):
     wrong = tmp_path / 'wrong.pth'
     torch.save(timm.create_model('kw1x_mobilenetv2_050').state_dict(), wrong)

@@ -34,7 +34,8 @@ class KWBackbone(PyramidFeatures, BaseModule):
         pretrained: True for timm's pretrained weights of ``name``, or a weight file.
         init_cfg: ``dict(type='Pretrained', checkpoint=FILE)``; ``'timm://NAME'`` stands for timm's pretrained weights.
             Of a detector's file the backbone is taken; ``prefix`` says what its names begin with, if not
-            ``'backbone.'``. Not together with ``pretrained``.
+            ``'backbone.'``. Of type ``'KernelizeStatic'``: the weights of the static network that a KW network was made
+            of, which it then computes exactly, and learns from there. Not together with ``pretrained``.
         **model_args: Arguments of ``timm.create_model``, e.g. ``drop_path_rate=0.4, ls_init_value=1.0``.
 
     Shape:
@@ -103,7 +104,9 @@ class KWBackbone(PyramidFeatures, BaseModule):
             warnings.warn('init_weights of KWBackbone has been called before; nothing is done.', stacklevel=2)
             return
         source = weights_source(self.name, self.pretrained, self.init_cfg)
-        if source is not None:
+        if source is not None and source.static:
+            self.load_static(str(source.weights), source.prefix)
+        elif source is not None:
             self.load_pretrained(source.weights, source.prefix)
         self._is_init = True
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kw_timm.weights import check_weight_file
+from kw_timm.weights.static_start import is_weight_file
 
 from .annotations import Needs, check_annotations
 from .datasets import DataSet, data_sets, evaluators, type_name
@@ -151,6 +152,8 @@ def _check_weights(model: Mapping[str, Any]) -> None:
     # 2.x hands the detector's own `pretrained` on to its backbone.
     pretrained = model.get('pretrained') or backbone.get('pretrained')
     source = weights_source(str(backbone['name']), pretrained, backbone.get('init_cfg'))
+    if source is not None and source.static and not is_weight_file(str(source.weights)):
+        return
     if source is not None and source.weights is not None and '://' not in source.weights:
         check_weight_file(source.weights)
 

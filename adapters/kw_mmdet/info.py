@@ -90,6 +90,8 @@ def _backbone_weights(backbone: Mapping[str, Any]) -> str:
     source = weights_source(name, backbone.get('pretrained'), backbone.get('init_cfg'))
     if source is None:
         return 'random'
+    if source.static and not Path(str(source.weights)).suffix:
+        return f"those of the static {str(source.weights).removeprefix(TIMM)}, timm's own"
     if source.weights is not None and not source.weights.startswith(TIMM):
         return _file(source.weights)
     if not name.startswith('kw'):

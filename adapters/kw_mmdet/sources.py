@@ -10,6 +10,7 @@ from kw_timm.pyramid import TIMM
 
 __all__ = ['WeightsSource', 'weights_source']
 
+KERNELIZE_STATIC = 'KernelizeStatic'
 _WEB = ('http://', 'https://')
 
 
@@ -20,10 +21,12 @@ class WeightsSource:
     Attributes:
         weights: File, URL, ``'timm://NAME.TAG'``, or None for timm's own weights of the network.
         prefix: What the backbone's names begin with in a file.
+        static: They are a static network's, for :meth:`~kw_timm.pyramid.PyramidFeatures.load_static`.
     """
 
     weights: str | None
     prefix: str | None = None
+    static: bool = False
 
 
 def weights_source(name: str, pretrained: Any = None, init_cfg: Any = None) -> WeightsSource | None:
@@ -32,7 +35,8 @@ def weights_source(name: str, pretrained: Any = None, init_cfg: Any = None) -> W
     Args:
         name: timm network.
         pretrained: True for timm's own weights; or what ``checkpoint`` is in ``init_cfg``.
-        init_cfg: ``dict(type='Pretrained', checkpoint=..., prefix=...)`` or a list with one such entry.
+        init_cfg: ``dict(type='Pretrained', checkpoint=..., prefix=...)`` or a list with one such entry; or the same of
+            type ``'KernelizeStatic'``, for the weights of the static network that a KW one was made of.
 
     Raises:
         ValueError: If it is of another type, or names weights of another framework or network; the message says what
@@ -42,6 +46,8 @@ def weights_source(name: str, pretrained: Any = None, init_cfg: Any = None) -> W
         raise ValueError('Give pretrained or init_cfg, not both.')
     if init_cfg:
         entry = _pretrained_entry(init_cfg)
+        if _type(entry) == KERNELIZE_STATIC:
+            return WeightsSource(str(entry['checkpoint']), entry.get('prefix') or None, static=True)
         return WeightsSource(_checkpoint(name, str(entry['checkpoint'])), entry.get('prefix') or None)
     if pretrained:
         return WeightsSource(None if pretrained is True else _checkpoint(name, str(pretrained)))
@@ -53,19 +59,24 @@ def _pretrained_entry(init_cfg: Any) -> Mapping[str, Any]:
     entry = entries[0] if len(entries) == 1 else None
     is_known = (
         isinstance(entry, Mapping)
-        and getattr(entry.get('type'), '__name__', entry.get('type')) in ('Pretrained', 'PretrainedInit')
+        and _type(entry) in ('Pretrained', 'PretrainedInit', KERNELIZE_STATIC)
         and bool(entry.get('checkpoint'))
         and set(entry) <= {'type', 'checkpoint', 'prefix', 'map_location'}
     )
     if not is_known:
         shown = [dict(e) if isinstance(e, Mapping) else e for e in entries]
         raise ValueError(
-            f"init_cfg of KWBackbone must be dict(type='Pretrained', checkpoint=...) or None, got "
+            f"init_cfg of KWBackbone must be dict(type='Pretrained', checkpoint=...), or of type "
+            f"'{KERNELIZE_STATIC}' for a static network's weights, or None, got "
             f'{shown if len(shown) != 1 else shown[0]!r}. The network initializes itself; there is no other way to '
             f'choose.'
         )
     assert isinstance(entry, Mapping)
     return entry
+
+
+def _type(entry: Mapping[str, Any]) -> Any:
+    return getattr(entry.get('type'), '__name__', entry.get('type'))
 
 
 def _checkpoint(name: str, checkpoint: str) -> str | None:
