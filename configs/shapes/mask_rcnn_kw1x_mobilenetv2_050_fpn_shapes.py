@@ -1,7 +1,6 @@
 # The demo: a small Mask R-CNN from random weights on drawn shapes (tools/make_shapes.py), minutes on two CPU cores.
 # Data, schedule and their values are in ../_base_/values/shapes.py and ../_base_/mmdet*/shapes.py.
 _base_ = f'../_base_/mmdet{__import__("mmdet").__version__[0]}/shapes.py'
-custom_hooks = [dict(type='NumClassCheckHook'), dict(type='TemperatureHook', epochs=2)]
 model = dict(
     # norm_eval stays on, from random weights too: statistics of 8 images are too noisy for the attention's norms.
     backbone=dict(name='kw1x_mobilenetv2_050', frozen_stages=-1, init_cfg=None),

@@ -20,7 +20,7 @@ __all__ = ['ALIVE', 'INITS', 'Codes', 'cell_std', 'check_init', 'gain', 'inertia
 
 INITS = ('live', 'published')
 # How much of a new layer's coefficients varies with the input, relative to what does not.
-ALIVE = 0.1
+ALIVE = 0.05
 
 
 def check_init(init: str) -> str:
@@ -38,9 +38,10 @@ def inertia(num_cells: int) -> float:
     """Return the magnitude of a starting mixture's logits, which only their ratio to what is learnt gives a meaning.
 
     Adam moves all ``n`` logits of a mixture by about the learning rate at a step, and their magnitudes are summed up:
-    against logits of 1, a few steps would drown what the mixture began as.
+    against a single logit of 1, a few steps would drown what the mixture began as. The published initialization's
+    magnitudes have sums that grow like this, too.
     """
-    return float(num_cells + 1)
+    return math.sqrt(num_cells + 1)
 
 
 def gain(num_cells: int, alive: float = ALIVE) -> float:

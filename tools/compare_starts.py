@@ -1,0 +1,156 @@
+"""Compare how detectors begin, on data of one's own: static and KW backbones, from random weights and from trained ones.
+
+Trains small Faster R-CNNs of the same budget on images with boxes in COCO's format, several seeds each, and prints the
+mean and spread of their AP:
+
+* from random weights: static; KW as new networks begin; KW by the published initialization, with annealing;
+* from the static run's weights: static again; KW that computes what the static network computes.
+
+Example:
+    python tools/compare_starts.py train.json val.json images/ --epochs 4 --seeds 3
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kw_mmdet.generation import GENERATION
+from kw_mmdet.programs import load_config
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / 'configs/shapes/mask_rcnn_kw1x_mobilenetv2_050_fpn_shapes.py'
+SCALE = (320, 240)
+# Name -> KW or static, further arguments of the backbone; what is in {} is filled in.
+STARTS: dict[str, dict[str, Any]] = {
+    'static': dict(kw=False),
+    'kw': dict(kw=True),
+    'kw published': dict(kw=True, init='published'),
+    'static from static': dict(kw=False, init_cfg='Pretrained'),
+    'kw from static': dict(kw=True, init_cfg='KernelizeStatic'),
+}
+
+
+def make_config(
+    name: str, train: Path, val: Path, images: Path, static: str, variant: str, epochs: int, checkpoint: Path
+) -> Any:
+    """Return the config of one start.
+
+    Args:
+        name: Which of :data:`STARTS`.
+        train: Annotations to learn from.
+        val: Annotations to evaluate on.
+        images: Folder of the images of both.
+        static: timm name of the static network.
+        variant: That of the KW network.
+        epochs: Epochs; the learning rate falls by ten before the last fifth.
+        checkpoint: Trained static detector.
+    """
+    start = dict(STARTS[name])
+    backbone: dict[str, Any] = dict(name=variant if start.pop('kw') else static)
+    if how := start.pop('init_cfg', None):
+        backbone['init_cfg'] = dict(type=how, checkpoint=str(checkpoint), prefix='backbone.')
+    classes = tuple(category['name'] for category in json.loads(train.read_text())['categories'])
+    config = load_config(str(CONFIG))
+    config.model.backbone.update(backbone | start)
+    config.model.roi_head.update(mask_head=None, mask_roi_extractor=None)
+    config.model.roi_head.bbox_head.num_classes = len(classes)
+    config.model.rpn_head.anchor_generator.scales = [8]
+    last = max(epochs - max(epochs // 5, 1), 1)
+    if GENERATION == 2:
+        parts = [config.data.train, config.data.val, config.data.test]
+        for part, file in zip(parts, (train, val, val), strict=True):
+            part.update(ann_file=str(file), img_prefix=f'{images}/', classes=classes)
+        config.runner.max_epochs = epochs
+        config.lr_config.step = [last]
+        config.evaluation.update(interval=epochs, metric='bbox')
+    else:
+        parts = [config[f'{split}_dataloader'].dataset for split in ('train', 'val', 'test')]
+        for part, file in zip(parts, (train, val, val), strict=True):
+            part.update(ann_file=str(file), data_prefix=dict(img=f'{images}/'), metainfo=dict(classes=classes))
+        for evaluator in (config.val_evaluator, config.test_evaluator):
+            evaluator.update(ann_file=str(val), metric='bbox')
+        config.train_cfg.update(max_epochs=epochs, val_interval=epochs)
+        config.param_scheduler[-1].milestones = [last]
+    for part in parts:
+        _without_masks(part.pipeline)
+    if start.get('init') == 'published':
+        config.custom_hooks = [*config.custom_hooks, dict(type='TemperatureHook', epochs=max(epochs // 2, 1))]
+    return config
+
+
+def _without_masks(steps: Sequence[Any]) -> None:
+    for step in steps:
+        if 'transforms' in step:
+            _without_masks(step.transforms)
+        if step.type == 'LoadAnnotations':
+            step.with_mask = False
+        if 'keys' in step and step.type == 'Collect':
+            step['keys'] = [key for key in step['keys'] if key != 'gt_masks']
+        for key in ('img_scale', 'scale'):
+            if key in step:
+                step[key] = SCALE
+        if step.type == 'RandomFlip' and 'direction' in step:
+            step.direction = 'horizontal'
+
+
+def train(config: Any, folder: Path, seed: int) -> float:
+    """Train and evaluate in a process of its own; return the AP of boxes. What is there already is not done again."""
+    result = folder / 'ap.json'
+    if result.is_file():
+        return float(json.loads(result.read_text()))
+    folder.mkdir(parents=True, exist_ok=True)
+    config.dump(str(folder / 'config.py'))
+    command = [sys.executable, '-m', 'kw_mmdet', 'train', str(folder / 'config.py'), '--work-dir', str(folder)]
+    log = folder / 'train.log'
+    with log.open('w') as file:
+        code = subprocess.call([*command, '--seed', str(seed)], stdout=file, stderr=subprocess.STDOUT)
+    if code:
+        raise SystemExit(f'a training failed, see {log}')
+    ap = _last_ap(folder)
+    result.write_text(json.dumps(ap))
+    return ap
+
+
+def _last_ap(folder: Path) -> float:
+    key = 'bbox_mAP' if GENERATION == 2 else 'coco/bbox_mAP'
+    pattern = '*.log.json' if GENERATION == 2 else '*/vis_data/scalars.json'
+    lines = [json.loads(line) for file in sorted(folder.glob(pattern)) for line in file.read_text().splitlines()]
+    return float([line for line in lines if key in line][-1][key])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the comparison and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('train', type=Path, help='annotations to learn from')
+    parser.add_argument('val', type=Path, help='annotations to evaluate on')
+    parser.add_argument('images', type=Path, help='folder of the images')
+    parser.add_argument('--static', default='mobilenetv2_050', help='static network (default: %(default)s)')
+    parser.add_argument('--kw', default='kw1x_mobilenetv2_050', help='KW network (default: %(default)s)')
+    parser.add_argument('--epochs', type=int, default=4, help='epochs of each training (default: %(default)s)')
+    parser.add_argument('--seeds', type=int, default=3, help='trainings of each kind (default: %(default)s)')
+    parser.add_argument('--starts', nargs='+', choices=STARTS, default=list(STARTS), help='(all)')
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/starts'), help='default: %(default)s')
+    args = parser.parse_args(argv)
+    found: dict[str, list[float]] = {name: [] for name in args.starts}
+    runs = [(seed, name) for seed in range(args.seeds) for name in args.starts]
+    for seed, name in tqdm(runs, unit='training'):
+        static = args.work_dir / f'static_{seed}'
+        config = make_config(
+            name, args.train, args.val, args.images, args.static, args.kw, args.epochs, static / 'latest.pth'
+        )
+        found[name].append(train(config, args.work_dir / f'{name.replace(" ", "_")}_{seed}', seed))
+    print(f'\nAP of boxes after {args.epochs} epochs, mean and standard deviation of {args.seeds} seeds')
+    for name, values in found.items():
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        print(f'{name:20}{statistics.mean(values):.3f} +- {spread:.3f}   ({", ".join(f"{v:.3f}" for v in values)})')
+    print(f'everything else: {args.work_dir}')
+
+
+if __name__ == '__main__':
+    main()
