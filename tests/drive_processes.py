@@ -1,6 +1,7 @@
 """Take one training step of the demo's detector in this process of several; ``test_distributed.py`` runs it.
 
-Arguments: a file to write. Environment: as torchrun sets it. Each process takes its share of two fixed images.
+Arguments: a file to write. Environment: as torchrun sets it. Each process takes its share of two fixed images; then the
+first one alone, as a group of one process, takes a step on all of them, and writes that too.
 
 MMDetection divides losses by numbers that each process counts for itself (sampled anchors and boxes, positive boxes for
 masks). So that the mean over processes is the joined batch's loss, every image has four objects and exactly as many
@@ -10,7 +11,6 @@ against division by zero; here it adds nothing, since a sum over two processes h
 """
 
 import importlib
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +107,19 @@ def losses_3(detector: Any, images: torch.Tensor, masks: np.ndarray) -> dict[str
     return {key: value.item() for key, value in logged.items()}
 
 
+def step() -> dict[str, dict[str, Any]]:
+    """Return losses and gradients of a step of the group of processes that there is."""
+    detector = make_detector().train()
+    images = torch.randn(IMAGES, 3, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    own = images.chunk(dist.get_world_size())[dist.get_rank()]
+    masks = np.zeros((len(CORNERS), SIZE, SIZE), np.uint8)
+    for mask, (x1, y1, x2, y2) in zip(masks, np.array(CORNERS).astype(int), strict=True):
+        mask[y1:y2, x1:x2] = 1
+    losses = (losses_2 if GENERATION == 2 else losses_3)(detector, own, masks)
+    gradients = {name: p.grad for name, p in detector.named_parameters() if p.requires_grad}
+    return dict(losses=dict(losses), gradients=gradients)
+
+
 def main() -> None:
     if GENERATION == 2:
         from mmcv.runner import init_dist
@@ -118,16 +131,13 @@ def main() -> None:
     compare_exactly()
     init_dist('pytorch', backend='nccl')
     assert dist.get_backend() == 'gloo'
-    detector = make_detector().train()
-    images = torch.randn(IMAGES, 3, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    own = images.chunk(dist.get_world_size())[dist.get_rank()]
-    masks = np.zeros((len(CORNERS), SIZE, SIZE), np.uint8)
-    for mask, (x1, y1, x2, y2) in zip(masks, np.array(CORNERS).astype(int), strict=True):
-        mask[y1:y2, x1:x2] = 1
-    losses = (losses_2 if GENERATION == 2 else losses_3)(detector, own, masks)
-    gradients = {name: p.grad for name, p in detector.named_parameters() if p.requires_grad}
-    torch.save(dict(losses=dict(losses), gradients=gradients), Path(sys.argv[1]).with_suffix(f'.{os.environ["RANK"]}'))
+    file, rank = Path(sys.argv[1]), dist.get_rank()
+    torch.save(step(), file.with_suffix(f'.{rank}'))
     dist.destroy_process_group()
+    if rank == 0:
+        dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+        torch.save(step(), file.with_suffix('.joined'))
+        dist.destroy_process_group()
 
 
 if __name__ == '__main__':

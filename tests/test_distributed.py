@@ -13,35 +13,28 @@ pytest.importorskip('mmdet', reason='needs MMDetection')
 ROOT = Path(__file__).parent.parent
 
 
-def start(python: Path, processes: int, file: Path) -> list[subprocess.Popen]:
-    """Start a group of processes that take a step."""
+def run_two(python: Path, file: Path) -> list[dict]:
+    """Return losses and gradients of each of two processes, and of one with the joined batch."""
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'WORLD_SIZE': str(processes)}
+    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'WORLD_SIZE': '2'}
     env |= {'CUDA_VISIBLE_DEVICES': '', 'LOCAL_RANK': '0'}
     command = [str(python), str(ROOT / 'tests/drive_processes.py'), str(file)]
-    return [
-        subprocess.Popen(command, env={**env, 'RANK': str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for rank in range(processes)
+    started = [
+        subprocess.Popen(command, env={**env, 'RANK': rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank in '01'
     ]
-
-
-def finish(processes: list[subprocess.Popen], file: Path) -> list[dict]:
-    """Return losses and gradients of every process."""
-    for process in processes:
+    for process in started:
         output, _ = process.communicate(timeout=280)
         assert process.returncode == 0, output.decode()
-    return [torch.load(file.with_suffix(f'.{rank}'), weights_only=True) for rank in range(len(processes))]
+    return [torch.load(file.with_suffix(f'.{name}'), weights_only=True) for name in ('0', '1', 'joined')]
 
 
 @pytest.mark.parametrize('stack', ['this one', 'mmdet3'])
 def test_two_processes_are_one_process_with_the_joined_batch(stack, request, tmp_path):
     python = Path(sys.executable) if stack == 'this one' else request.getfixturevalue('mmdet3_python')
-    one, two = tmp_path / 'one', tmp_path / 'two'
-    group, alone = start(python, 2, two), start(python, 1, one)
-    (joined,) = finish(alone, one)
-    first, second = finish(group, two)
+    first, second, joined = run_two(python, tmp_path / 'found')
     assert first['losses'].keys() == joined['losses'].keys()
     for name, loss in joined['losses'].items():
         assert loss > 0
