@@ -336,19 +336,19 @@ def test_a_checkpoint_of_another_detector_is_refused(trained, data, tmp_path, ca
         assert message in capsys.readouterr().err
 
 
-def test_demo_end_to_end_and_again(tmp_path, monkeypatch, capsys):
-    command = ['demo.py', '--work-dir', str(tmp_path), '--train', '8', '--val', '12', '--epochs']
-    monkeypatch.setattr(sys, 'argv', [*command, '1'])
-    demo.main()
-    assert 'AP50' in capsys.readouterr().out
-    assert cv2.imread(str(tmp_path / 'detections.png')).shape[:2] == (3 * 384, 4 * 384)
+def test_demo_end_to_end_after_an_interruption(tmp_path, monkeypatch, capsys):
+    data = demo.make_shapes(tmp_path / 'data', 4, 4)
+    options = [f'{key}={value}' for key, value in demo.overridden(data, 1).items()]
+    checkpoint = demo.train(tmp_path / 'run', options, 1)
+    assert checkpoint.name == 'epoch_1.pth'
     # As an interruption while a checkpoint is written would leave it.
-    checkpoint = tmp_path / 'run/epoch_1.pth'
     whole = checkpoint.read_bytes()
     (tmp_path / 'run/epoch_2.pth').write_bytes(whole[: len(whole) // 2])
-    monkeypatch.setattr(sys, 'argv', [*command, '2'])
+    monkeypatch.setattr(sys, 'argv', ['demo.py', *f'--work-dir {tmp_path} --train 4 --val 4 --epochs 2'.split()])
     demo.main()
     said = capsys.readouterr().out
+    assert 'AP50' in said
+    assert cv2.imread(str(tmp_path / 'detections.png')).shape[:2] == (384, 4 * 384)
     assert 'epoch_2.pth cannot be read' in said
     assert 'going on from' in said
     assert f'checkpoint: {tmp_path / "run/epoch_2.pth"}\n' in said
