@@ -35,7 +35,10 @@ CHANNELS = {
 
 MASK, FASTER = ([f'{d}/{d}_{b}' for b in BACKBONES] for d in ('mask_rcnn', 'faster_rcnn'))
 # One Faster R-CNN; what the others consist of is equal to parts of the Mask R-CNNs.
-QUICKLY = [*MASK, *(name if 'kw1x_mobilenet' in name else pytest.param(name, marks=pytest.mark.slow) for name in FASTER)]
+QUICKLY = [
+    *MASK,
+    *(name if 'kw1x_mobilenet' in name else pytest.param(name, marks=pytest.mark.slow) for name in FASTER),
+]
 
 
 def read(name: str) -> Config:

@@ -4,12 +4,14 @@ import copy
 import itertools
 import shutil
 from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
 
 import onnxruntime
 import pytest
 import timm
 import torch
-from networks import SMALLEST, images, lively, network
+from networks import SMALLEST, images, lively
 from timm.utils.onnx import onnx_export
 from torch import nn
 from torch.export import Dim
@@ -18,6 +20,7 @@ from kw_timm import WarehousePlan, kernelize, optimize_for_inference
 from kw_timm.ops import ConvSpec, straightforward_conv
 from kw_timm.ops.products import conv_by_products
 from kw_timm.pyramid import PyramidFeatures
+from kw_timm.random_weights import drawn_images, settle
 
 
 class Mean(nn.Module):
@@ -40,8 +43,13 @@ KINDS = OrderedDict(
     head=nn.Linear(8, 4),
 )
 LAYERS = ('stem', 'same', 'depthwise', 'grouped', 'pointwise', 'head')
+# Whose graphs take the exporters and compilers longest.
+LONG_ONES = ('same', 'grouped')
 FORMS = ('as it is', 'cells', 'bases', 'int8')
 BATCHES = (1, 2, 5, 16)
+TINY = 'kw1d2x_mobilenetv2_050'
+# Some processors compute in bfloat16 unless told otherwise.
+PRECISE = {'INFERENCE_PRECISION_HINT': 'f32'}
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +57,10 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def small() -> nn.Module:
+def small(without: Sequence[str] = ()) -> nn.Module:
     torch.manual_seed(0)
-    net = nn.Sequential(copy.deepcopy(KINDS))
-    kernelize(net, {name: WarehousePlan([name], 2) for name in LAYERS})
+    net = nn.Sequential(OrderedDict((name, copy.deepcopy(m)) for name, m in KINDS.items() if name not in without))
+    kernelize(net, {name: WarehousePlan([name], 2) for name in LAYERS if name not in without})
     return lively(net)
 
 
@@ -75,7 +83,7 @@ def assert_agrees(run, net, sizes=((64, 64), (49, 70)), batches=BATCHES, rtol=No
     # ONNX files have some constants, such as 1e-3, in float32.
     rtol = rtol or (1e-7 if dtype == torch.float64 else 1e-4)
     for batch, size in itertools.product(batches, sizes):
-        x = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(batch)).to(dtype)
+        x = (drawn_images(batch, size) if len(size) == 2 else torch.randn(batch, 3, *size)).to(dtype)
         ours, theirs = run(x), net(x)
         theirs = list(theirs) if isinstance(theirs, list | tuple) else [theirs]
         ours = list(ours) if isinstance(ours, list | tuple) else [ours]
@@ -144,10 +152,10 @@ def test_onnx_by_tracing(form, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'form', ['bases', *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS if form != 'bases')]
+    ('form', 'without'), [('bases', LONG_ONES), *(pytest.param(form, (), marks=pytest.mark.slow) for form in FORMS)]
 )
-def test_exported(form, tmp_path):
-    net = in_form(small(), form)
+def test_exported(form, without, tmp_path):
+    net = in_form(small(without), form)
     torch.export.save(to_program(net), tmp_path / 'net.pt2')
     assert_agrees(torch.export.load(tmp_path / 'net.pt2').module(), net)
 
@@ -155,33 +163,21 @@ def test_exported(form, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('dynamic', ['shapes', 'axes'])
 def test_onnx_by_exporting(dynamic, tmp_path):
-    net, axes = in_form(small(), 'as it is'), {0: 'batch', 2: 'height', 3: 'width'}
-    arguments = dict(dynamic_shapes=(axes,)) if dynamic == 'shapes' else dict(dynamic_axes={'x': axes})
-    with torch.no_grad():
-        torch.onnx.export(
-            net,
-            (images(2).double(),),
-            tmp_path / 'net.onnx',
-            dynamo=True,
-            input_names=['x'],
-            verbose=False,
-            **arguments,
-        )
-    assert_agrees(onnx_runner(tmp_path / 'net.onnx'), net)
+    net = in_form(small(), 'as it is')
+    assert_agrees(dynamo_with(dynamic)(net, tmp_path / 'net.onnx'), net)
 
 
 @pytest.mark.parametrize('form', ['as it is', pytest.param('bases', marks=pytest.mark.slow)])
-def test_openvino(form):
-    openvino = pytest.importorskip('openvino')
+def test_openvino(form, tmp_path):
     net = in_form(small(), form).float()
-    compiled = openvino.compile_model(openvino.convert_model(net, example_input=images(2)), 'CPU')
-    assert_agrees(lambda x: torch.from_numpy(compiled(x.numpy())[0]), net)
+    assert_agrees(by_openvino(net, tmp_path), net)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which('g++') is None, reason='needs a C++ compiler')
 def test_aot_inductor(tmp_path):
-    net = in_form(small(), 'as it is')
+    """Of some kinds of layers; to compile all of them takes minutes."""
+    net = in_form(small(LONG_ONES), 'as it is')
     package = torch._inductor.aoti_compile_and_package(to_program(net), package_path=str(tmp_path / 'net.pt2'))
     assert_agrees(torch._inductor.aoti_load_package(package), net)
 
@@ -202,50 +198,108 @@ def test_other_numbers_of_axes(axes, tmp_path):
         assert_agrees(onnx_runner(tmp_path / 'net.onnx'), net, sizes)
 
 
-@pytest.mark.parametrize('name', [SMALLEST[1], *(pytest.param(n, marks=pytest.mark.slow) for n in SMALLEST[::2])])
-def test_onnx_of_whole_networks(name, tmp_path):
-    net = network(name)  # In float32, for onnxruntime; the network enlarges rounding to 1e-4.
-    assert_agrees(to_onnx(net, tmp_path / 'net.onnx'), net, batches=(1, 5), rtol=2e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', SMALLEST)
-def test_timm_onnx_export(name, tmp_path):
-    for dynamo in (False, True):
-        net = network(name)
-        onnx_export(
-            net, str(tmp_path / 'net.onnx'), example_input=images(2), use_dynamo=dynamo, dynamic_size=not dynamo
-        )
-        run = onnx_runner(tmp_path / 'net.onnx')
-        for batch in BATCHES:
-            with torch.no_grad():
-                torch.testing.assert_close(run(images(batch))[0], net(images(batch)), rtol=1e-2, atol=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', SMALLEST)
-def test_openvino_of_whole_networks(name):
-    openvino = pytest.importorskip('openvino')
-    net = optimize_for_inference(network(name), batch_size=8, memory_budget='50MB')
-    compiled = openvino.compile_model(openvino.convert_model(net, example_input=images(2)), 'CPU')
-    for batch in BATCHES:
-        x = images(batch)
-        torch.testing.assert_close(torch.from_numpy(compiled(x.numpy())[0]), net(x), rtol=1e-2, atol=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', SMALLEST)
-def test_onnx_of_features(name, tmp_path):
+def taken(way: str, name: str = TINY, **options) -> nn.Module:
+    """What people make of a network, in float32 and with sound weights."""
     torch.manual_seed(0)
-    net = lively(timm.create_model(name, features_only=True, out_indices=(0, 1, 2))).double()
-    assert_agrees(to_onnx(net, tmp_path / 'net.onnx'), net, batches=(1, 5))
-    pyramid = PyramidFeatures(name).eval().double()
-    assert_agrees(to_onnx(pyramid, tmp_path / 'pyramid.onnx'), pyramid, batches=(1, 5))
+    kind = way.removeprefix('optimized ')
+    if kind == 'pyramid':
+        net = PyramidFeatures(name, **options)
+    else:
+        net = timm.create_model(name, features_only=kind == 'features', **options)
+    net = settle(net)
+    return net if kind == way else optimize_for_inference(net, batch_size=8)
 
 
-@pytest.mark.parametrize('training', [pytest.param(False, marks=pytest.mark.slow), True])
-def test_compiled_for_batches_of_changing_size(training):
-    net = small().double().train(training)
+def by_timm(net, path, dynamo=False):
+    onnx_export(net, str(path), example_input=images(2), use_dynamo=dynamo, dynamic_size=True)
+    return onnx_runner(path)
+
+
+def by_tracing(net, path):
+    return torch.jit.trace(net, images(2), check_trace=False)
+
+
+def by_exporting(net, path):
+    return to_program(net).module()
+
+
+def by_openvino(net, path):
+    openvino = pytest.importorskip('openvino')
+    compiled = openvino.compile_model(openvino.convert_model(net, example_input=images(2)), 'CPU', PRECISE)
+    return lambda x: [torch.from_numpy(out) for out in compiled(x.numpy()).values()]
+
+
+def dynamo_with(dynamic):
+    """Return torch's exporter of ONNX, the one that does not trace, told what is dynamic in one of two ways."""
+
+    def export(net, path):
+        axes = {0: 'batch', 2: 'height', 3: 'width'}
+        arguments = dict(dynamic_shapes=(axes,)) if dynamic == 'shapes' else dict(dynamic_axes={'x': axes})
+        with torch.no_grad():
+            x = images(2).to(kind_of(net))
+            torch.onnx.export(net, (x,), path, dynamo=True, input_names=['x'], verbose=False, **arguments)
+        return onnx_runner(path)
+
+    return export
+
+
+QUICK = dict(traced=by_tracing, onnx=to_onnx, openvino=by_openvino)
+LONG = {
+    'exported': by_exporting,
+    'timm': by_timm,
+    'timm, dynamo': partial(by_timm, dynamo=True),
+    'onnx, dynamic shapes': dynamo_with('shapes'),
+    'onnx, dynamic axes': dynamo_with('axes'),
+}
+WAYS = ('network', 'features', 'pyramid', 'optimized network', 'optimized features', 'optimized pyramid')
+OF_LEVELS = [way for way in WAYS if 'network' not in way]
+
+
+@pytest.mark.parametrize('by', QUICK)
+@pytest.mark.parametrize('way', ['features', *(pytest.param(way, marks=pytest.mark.slow) for way in OF_LEVELS[1:])])
+def test_fine_levels(way, by, tmp_path):
+    """Two levels, which take a second; what is behind them is not there."""
+    net = taken(way, out_indices=(0, 1))
+    assert_agrees(QUICK[by](net, tmp_path / 'net.onnx'), net)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('by', LONG)
+@pytest.mark.parametrize('way', OF_LEVELS)
+def test_fine_levels_at_length(way, by, tmp_path):
+    net = taken(way, out_indices=(0,))
+    assert_agrees(LONG[by](net, tmp_path / 'net.onnx'), net)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('by', QUICK)
+@pytest.mark.parametrize('way', WAYS[:4])
+def test_whole_networks(way, by, tmp_path):
+    net = taken(way)
+    assert_agrees(QUICK[by](net, tmp_path / 'net.onnx'), net)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('by', ['onnx', 'openvino', 'timm'])
+@pytest.mark.parametrize('name', SMALLEST)
+def test_every_family(name, by, tmp_path):
+    net = taken('network', name)
+    assert_agrees((QUICK | LONG)[by](net, tmp_path / 'net.onnx'), net)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('by', ['timm, dynamo', 'onnx, dynamic shapes'])
+def test_a_whole_network_at_length(by, tmp_path):
+    net = taken('network')
+    assert_agrees(LONG[by](net, tmp_path / 'net.onnx'), net)
+
+
+@pytest.mark.parametrize(
+    ('training', 'without'),
+    [(True, LONG_ONES), *(pytest.param(training, (), marks=pytest.mark.slow) for training in (False, True))],
+)
+def test_compiled_for_batches_of_changing_size(training, without):
+    net = small(without).double().train(training)
     compiled = torch.compile(net, fullgraph=True, backend='aot_eager')
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
