@@ -1,4 +1,4 @@
-"""Compare how detectors begin, on data of one's own: static and KW backbones, from random weights and from trained ones.
+"""Compare how detectors begin, on data of one's own: static and KW, from random weights and from trained ones.
 
 Trains small Faster R-CNNs of the same budget on images with boxes in COCO's format, several seeds each, and prints the
 mean and spread of their AP:

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / 'configs/shapes/mask_rcnn_kw1x_mobilenetv2_050_fpn_shapes.py'
 DRAWN = 0.5  # score from which detections are drawn; of boxes on one object, whose overlap is larger, the best
 ENLARGED = 3  # factor at which detections are drawn, for legible labels
+BATCH = 4  # of all processes together
 METRICS = {'mAP': 'AP', 'mAP_50': 'AP50', 'mAP_75': 'AP75'}
 
 
@@ -52,13 +53,14 @@ class Clock:
         return f'{parts}: {self.last - self.began:.0f} s in all'
 
 
-def overridden(data: Path, epochs: int, evaluate_every: int | None = None) -> dict[str, Any]:
+def overridden(data: Path, epochs: int, evaluate_every: int | None = None, batch: int = BATCH) -> dict[str, Any]:
     """Return what is changed in the config: where the data are, how long the training is, when it is evaluated.
 
-    Keys are dotted, as in ``--cfg-options``; ``evaluate_every`` counts epochs, None: not before the end.
+    Keys are dotted, as in ``--cfg-options``; ``evaluate_every`` counts epochs, None: not before the end; ``batch`` is
+    each process's.
     """
     interval = evaluate_every or epochs + 1
-    changed: dict[str, Any] = {}
+    changed: dict[str, Any] = {'data.samples_per_gpu' if GENERATION == 2 else 'train_dataloader.batch_size': batch}
     for split, folder in (('train', 'train'), ('val', 'val'), ('test', 'val')):
         key = f'data.{split}' if GENERATION == 2 else f'{split}_dataloader.dataset'
         file = str(data / 'annotations' / f'{folder}.json')
@@ -90,13 +92,14 @@ def newest_checkpoint(run: Path) -> Path | None:
     return None
 
 
-def train(run: Path, options: list[str], epochs: int) -> Path:
+def train(run: Path, options: list[str], epochs: int, processes: int = 1) -> Path:
     """Train, or finish a training that was interrupted.
 
     Args:
         run: Folder of checkpoints and logs.
         options: ``--cfg-options`` for the demo's config.
         epochs: Epochs of the whole training.
+        processes: How many share every batch.
 
     Returns:
         The last checkpoint.
@@ -105,8 +108,9 @@ def train(run: Path, options: list[str], epochs: int) -> Path:
     if done is not None and int(done.stem.removeprefix('epoch_')) >= epochs:
         print(f'already trained: {done}')
         return done
-    command = [sys.executable, str(ROOT / 'tools/train.py'), str(CONFIG), '--work-dir', str(run), '--seed', '0']
-    print(f'training {epochs} epochs; checkpoints and the whole log: {run}', flush=True)
+    command = [sys.executable, '-m', 'kw_mmdet', 'train', str(CONFIG), '--work-dir', str(run), '--seed', '0']
+    command += ['--processes', str(processes)]
+    print(f'training {epochs} epochs in {processes} processes; checkpoints and the whole log: {run}', flush=True)
     if done is not None:
         print(f'going on from {done}')
         command += ['--resume-from', str(done)]
@@ -117,13 +121,13 @@ def train(run: Path, options: list[str], epochs: int) -> Path:
     return last
 
 
-def evaluate(run: Path, checkpoint: Path, options: list[str]) -> dict[str, float]:
+def evaluate(run: Path, checkpoint: Path, options: list[str], processes: int = 1) -> dict[str, float]:
     """Return box and mask average precision on the held-out images, as MMDetection's test program measures it."""
     folder = run / f'eval_{checkpoint.stem}'
     for old in folder.glob('eval_*.json'):
         old.unlink()
-    command = [sys.executable, str(ROOT / 'tools/test.py'), str(CONFIG), str(checkpoint), '--work-dir', str(folder)]
-    command += ['--eval', 'bbox', 'segm', '--cfg-options', *options]
+    command = [sys.executable, '-m', 'kw_mmdet', 'test', str(CONFIG), str(checkpoint), '--work-dir', str(folder)]
+    command += ['--processes', str(processes), '--eval', 'bbox', 'segm', '--cfg-options', *options]
     print(f'evaluating on held-out images; the whole log: {run / "test.log"}', flush=True)
     run_quietly(command, run / 'test.log', show='[>')
     # MMDetection 2.x writes one file, 3.x one per run, in folders named by the time.
@@ -151,7 +155,11 @@ def run_quietly(command: list[str], log: Path, show: str) -> None:
     """Run a program; its output goes to a log, of which progress lines are shown."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open('a') as file:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
+        # Processes share the cores better than threads of one do.
+        environment = {'OMP_NUM_THREADS': str(max((os.cpu_count() or 1) // 2, 1)), **os.environ}
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+        )
         assert process.stdout is not None
         tail: list[str] = []
         try:
@@ -165,7 +173,12 @@ def run_quietly(command: list[str], log: Path, show: str) -> None:
             raise SystemExit('\ninterrupted; the same command goes on from the last checkpoint') from None
     if process.wait() != 0:
         sys.stderr.writelines(tail)
-        raise SystemExit(f'{Path(command[1]).name} failed; its whole output is in {log}')
+        raise SystemExit(f'{" ".join(command[2:4])} failed; its whole output is in {log}')
+
+
+def count_processes() -> int:
+    """Return how many processes train: one on a GPU or a single core, else two."""
+    return 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 2)
 
 
 def print_table(metric: dict[str, float]) -> None:
@@ -183,17 +196,18 @@ def main() -> None:
     parser.add_argument('--epochs', type=int, help='(those of the config)')
     parser.add_argument('--train', type=int, default=400, help='training images (default: %(default)s)')
     parser.add_argument('--val', type=int, default=100, help='held-out images (default: %(default)s)')
+    parser.add_argument('--processes', type=int, choices=(1, 2, 4), default=count_processes(), help='(%(default)s)')
     args = parser.parse_args()
     work = args.work_dir.resolve()
     clock = Clock()
     data = make_shapes(work / 'data', args.train, args.val)
     clock.lap('drawing')
     epochs = args.epochs or max_epochs(load_config(str(CONFIG)))
-    overrides = overridden(data, epochs)
+    overrides = overridden(data, epochs, batch=BATCH // args.processes)
     options = [f'{key}={value}' for key, value in overrides.items()]
-    checkpoint = train(work / 'run', options, epochs)
+    checkpoint = train(work / 'run', options, epochs, args.processes)
     clock.lap('training')
-    metric = evaluate(work / 'run', checkpoint, options)
+    metric = evaluate(work / 'run', checkpoint, options, args.processes)
     clock.lap('evaluation')
     picture = work / 'detections.png'
     draw(checkpoint, data, picture, overrides)

@@ -11,6 +11,7 @@ from typing import Any
 
 import mmcv.parallel._functions as scattering
 import mmcv.runner.dist_utils as mmcv_dist
+import mmcv.utils.config as mmcv_config
 import mmdet.apis.test as mmdet_test
 import mmdet.apis.train as mmdet_train
 import mmdet.utils
@@ -50,10 +51,26 @@ def apply() -> None:
     """Apply the bridges that are needed here. Importing ``kw_mmdet`` runs it; a second time changes nothing."""
     _mend_forward()
     _mend_streams()
+    _format_once()
     if mmdet.utils.get_device() == 'cpu':
         start_on_cpus(mmcv_dist)
         _wrap_on_cpus()
         _collect_on_cpus()
+
+
+def _format_once() -> None:
+    # A program asks for its config as text three times, and for the same text yapf takes seconds each time.
+    format_code, formatted = mmcv_config.FormatCode, {}
+    if hasattr(format_code, '__wrapped__'):
+        return
+
+    @functools.wraps(format_code)
+    def remember(text: str, *args: Any, **kwargs: Any) -> Any:
+        if text not in formatted:
+            formatted[text] = format_code(text, *args, **kwargs)
+        return formatted[text]
+
+    mmcv_config.FormatCode = remember
 
 
 def _mend_forward() -> None:
