@@ -288,6 +288,7 @@ def test_every_family(name, by, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize('by', ['timm, dynamo', 'onnx, dynamic shapes'])
 def test_a_whole_network_at_length(by, tmp_path):
     net = taken('network')
