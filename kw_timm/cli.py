@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         '--from-csv', type=Path, nargs='+', metavar='FILE', help='measure nothing, show the results of earlier runs'
     )
     _add_export(commands)
+    _add_inspect(commands)
     return parser
 
 
@@ -93,6 +94,37 @@ def _add_export(commands: Any) -> None:
     export.add_argument('--optimized', action='store_true', help='export what optimize_for_inference makes of it')
     export.add_argument('--opset', type=positive, metavar='N', help="ONNX operator set (the exporter's choice)")
     export.add_argument('--random-weights', action='store_true', help='instead of published ones')
+
+
+def _add_inspect(commands: Any) -> None:
+    from .benchmark.session import positive
+
+    text = 'show what the attention of a network does: which cells it uses, how far kernels vary between images'
+    inspect = commands.add_parser(
+        'inspect',
+        help=text,
+        description=f'{text[0].upper() + text[1:]}; prints tables and a verdict, and writes pictures and one page.',
+        epilog='example: kw-timm inspect kw1x_resnet50 photos --checkpoint last.pth --output inside',
+    )
+    inspect.set_defaults(command=_inspect)
+    inspect.add_argument(
+        'network', metavar='MODEL', help="timm's name, local-dir:FOLDER, or a KW variant's weight file"
+    )
+    inspect.add_argument('images', nargs='*', type=Path, metavar='IMAGE', help='files or folders (8 drawn images)')
+    inspect.add_argument('--checkpoint', type=Path, metavar='FILE', help='weights, instead of published ones')
+    inspect.add_argument('--random-weights', action='store_true', help='as the network is when it is new')
+    inspect.add_argument('--size', nargs='+', metavar='N', help="224, 800x1333 or 800 1333 pixels (the network's own)")
+    inspect.add_argument(
+        '--limit', type=positive, default=64, metavar='N', help='most images to take, evenly spread (64)'
+    )
+    inspect.add_argument('--output', type=Path, metavar='DIR', help='folder to write to (inspect-MODEL)')
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from .benchmark.session import image_size
+    from .inspection.command import run_inspect
+
+    return run_inspect(options, image_size(options.size) if options.size else None)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ FLOORS = (
     ('kw_timm',),
     ('kw_timm.pyramid', 'kw_timm.random_weights'),
     ('kw_timm.benchmark', 'kw_timm.export'),
+    ('kw_timm.inspection',),
     ('kw_timm.cli', 'kw_mmdet', 'kw_hub'),
     ('kw_timm.__main__',),
 )
