@@ -20,7 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0; 1 if a part of the work could not be done; 2 for what the user can set right; 130 if interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, behind = parser.parse_known_args(arguments)
+    if behind and hasattr(options, 'images') and not any(text.startswith('-') for text in behind):
+        options.images += map(Path, behind)  # argparse leaves those that come after an option.
+    elif behind:
+        parser.error(f'unrecognized arguments: {" ".join(behind)}')
     options.command_line = shlex.join(['kw-timm', *arguments])
     command: Callable[[argparse.Namespace], int] = options.command
     try:

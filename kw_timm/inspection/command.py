@@ -17,7 +17,8 @@ from ..layers import KWLayer
 from ..pyramid import create_network
 from ..random_weights import drawn_images
 from ..weights import load_checkpoint, read_weight_file
-from ..weights.load import unwrap_weights
+from ..weights.load import CLASSIFIERS, unwrap_weights
+from ..weights.store import WeightsNotFoundError
 from .measure import Inspection, inspect_network
 from .page import page
 from .pictures import check_matplotlib, draw_attention, draw_plan, draw_variation
@@ -95,27 +96,30 @@ def open_network(name: str, checkpoint: Path | None = None, random_weights: bool
         if checkpoint is not None or random_weights:
             raise ValueError(f"'{name}' is a weight file: give it alone, or the network's name with --checkpoint.")
         return _with_kw_layers(load_network(name), name)
-    if ':' not in name:
-        with torch.device('meta'):  # Before weights are looked for.
-            _with_kw_layers(create_network(name), name)
-    if checkpoint is not None:
-        network = _of_checkpoint(name, checkpoint)
-    elif random_weights:
-        network = create_network(name)
-    else:
-        network = load_network(name)
+    try:
+        if ':' not in name:
+            with torch.device('meta'):  # Before weights are looked for.
+                _with_kw_layers(create_network(name), name)
+        network = (
+            _of_checkpoint(name, checkpoint) if checkpoint else create_network(name, pretrained=not random_weights)
+        )
+    except (WeightsNotFoundError, RuntimeError) as error:
+        advice = '' if checkpoint else ' Or give --checkpoint FILE, or --random-weights for a new network.'
+        raise ValueError(f'{error}{advice}') from error
     return _with_kw_layers(network, name).eval()
 
 
 def _of_checkpoint(name: str, checkpoint: Path) -> nn.Module:
-    weights = read_weight_file(checkpoint)
+    """Return a network with the weights of a file, and of as many classes as it has."""
     network: Any = create_network(name)
-    heads = network.pretrained_cfg.get('classifier') or ()
-    heads = (heads,) if isinstance(heads, str) else heads
-    own = unwrap_weights(weights, network)
-    biases = [own[key] for key in (f'{head}.bias' for head in heads) if key in own]
-    if biases and biases[0].dim() == 1 and len(biases[0]) != network.num_classes:
-        network = create_network(name, num_classes=len(biases[0]))
+    weights = unwrap_weights(read_weight_file(checkpoint), network)
+    classes = [
+        len(weights[key])
+        for key, own in network.state_dict().items()
+        if key.startswith(CLASSIFIERS) and own.shape == (network.num_classes,) and key in weights and weights[key].dim()
+    ]
+    if classes and classes[0] != network.num_classes:
+        network = create_network(name, num_classes=classes[0])
     load_checkpoint(network, checkpoint)
     return network
 

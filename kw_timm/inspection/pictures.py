@@ -114,12 +114,13 @@ def draw_attention(found: Inspection, warehouse: WarehouseFindings, most: int) -
     """
     from matplotlib import colormaps
     from matplotlib.colors import SymLogNorm
+    from matplotlib.ticker import MaxNLocator
 
     layers = [layer for layer in found.layers if layer.warehouse == warehouse.name]
     mean, spread = (torch.cat([getattr(layer, part) for layer in layers]) for part in ('mean', 'spread'))
     mixtures, cells = mean.shape
     least = min(layer.mixtures for layer in layers)
-    height = min(max(_ROW * mixtures / least, 0.028 * mixtures, 0.9), 16.0)
+    height = min(max(_ROW * mixtures / least, 0.028 * mixtures, 1.3), 16.0)
     labels = max(len(layer.name) for layer in layers) * 0.07 + 0.3
     left, map_width, gap, strip, below, above = labels, 3.7, 0.3, 0.8, 0.75, 0.35
     whole = (left + 2 * map_width + gap + 1.0, below + height + 0.2 + strip + above)
@@ -144,6 +145,7 @@ def draw_attention(found: Inspection, warehouse: WarehouseFindings, most: int) -
             interpolation='nearest',
         )
         panel.set_xlabel('cell', fontsize=8)
+        panel.xaxis.set_major_locator(MaxNLocator('auto', integer=True))
         panel.tick_params(labelsize=8)
         _separate(panel, layers, height, named=side == 0)
         bars = place(x, below + height + 0.15, map_width, strip, sharex=panel)

@@ -14,11 +14,15 @@ _WAREHOUSE_HEAD = ('warehouse', 'layers', 'cells', 'of shape', 'per mixture', 'u
 
 
 def percent(part: float) -> str:
-    """Return a part of 1 in percent, with three digits; a dash for NaN."""
-    if math.isnan(part):
+    """Return a part of 1 in percent; a dash for NaN."""
+    value = 100 * part
+    if math.isnan(value):
         return '-'
-    digits = f'{100 * part:.3g}' if 100 * part < 99.95 else f'{100 * part:.0f}'
-    return f'{digits} %'
+    if value in (0, 100) or value >= 99.95:
+        return f'{value:.0f} %'
+    if value < 0.095:
+        return f'{value:.1g} %'
+    return f'{value:.1f} %' if value >= 9.995 else f'{value:.2f} %'
 
 
 def rows(found: Inspection) -> list[tuple[str, ...]]:
@@ -82,11 +86,11 @@ def verdict(found: Inspection) -> str:
     )
     begin += 'in the median layer: '
     if most < LITTLE:
-        return f'{begin}the attention hardly does anything yet (less than {percent(LITTLE)} everywhere).'
+        return f'{begin}the attention hardly does anything yet (less than {100 * LITTLE:g} % everywhere).'
     if most < MUCH:
-        return f'{begin}the attention does a little ({percent(LITTLE)} to {percent(MUCH)} at most).'
+        return f'{begin}the attention does a little ({100 * LITTLE:g} % to {100 * MUCH:g} %).'
     working = sum(value >= MUCH for value in values)
-    return f'{begin}the attention is at work ({percent(MUCH)} or more in {working} of {len(values)} layers).'
+    return f'{begin}the attention is at work ({100 * MUCH:g} % or more in {working} of {len(values)} layers).'
 
 
 def unused_cells(found: Inspection) -> str:
