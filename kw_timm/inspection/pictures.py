@@ -1,7 +1,7 @@
 """Findings as pictures."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -37,8 +37,8 @@ def draw_plan(found: Inspection) -> Any:
     """Draw who shares what: lines are layers, columns warehouses, and a box holds the number of mixtures."""
     layers, warehouses = _shown(found), found.warehouses
     height, width = _ROW * len(layers), max(4.0, 0.5 * len(warehouses))
-    labels = max(len(layer.name) for layer in layers) * 0.07 + 0.3
-    top = max(len(w.name) for w in warehouses) * 0.07 + 0.75
+    labels = _room_for(layer.name for layer in layers)
+    top = _room_for(w.name for w in warehouses) + 0.45
     figure, panel = _one_panel(labels, width, height, top, 0.2)
     columns = {w.name: i for i, w in enumerate(warehouses)}
     _bands(panel, layers)
@@ -70,7 +70,7 @@ def draw_variation(found: Inspection) -> Any:
     from matplotlib.ticker import FuncFormatter
 
     layers, colours = _shown(found), _colours(found)
-    height, labels = _ROW * len(layers), max(len(layer.name) for layer in layers) * 0.07 + 0.3
+    height, labels = _ROW * len(layers), _room_for(layer.name for layer in layers)
     figure, panel = _one_panel(labels, 5.5, height, 0.5, 0.5)
     _bands(panel, layers)
     values = [100 * layer.kernel_variation for layer in layers]
@@ -121,7 +121,7 @@ def draw_attention(found: Inspection, warehouse: WarehouseFindings, most: int) -
     mixtures, cells = mean.shape
     least = min(layer.mixtures for layer in layers)
     height = min(max(_ROW * mixtures / least, 0.028 * mixtures, 1.3), 16.0)
-    labels = max(len(layer.name) for layer in layers) * 0.07 + 0.3
+    labels = max(_room_for(layer.name for layer in layers), 0.8)
     left, map_width, gap, strip, below, above = labels, 3.7, 0.3, 0.8, 0.75, 0.35
     whole = (left + 2 * map_width + gap + 1.0, below + height + 0.2 + strip + above)
     figure = check_matplotlib()(figsize=whole, dpi=_DPI)
@@ -215,6 +215,11 @@ def _one_panel(left: float, width: float, height: float, above: float, below: fl
     for side in ('top', 'right', 'left', 'bottom'):
         panel.spines[side].set_visible(False)
     return figure, panel
+
+
+def _room_for(names: Iterable[str]) -> float:
+    """Return how wide names are, in inches."""
+    return 0.07 * max(map(len, names)) + 0.3
 
 
 def _name_lines(panel: Any, layers: list[LayerFindings]) -> None:
