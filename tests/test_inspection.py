@@ -18,7 +18,15 @@ from torch import nn
 import kw_timm
 from kw_timm import WarehousePlan, kernelize
 from kw_timm.cli import main
-from kw_timm.inspection import command, inspect_network, pictures, verdict
+from kw_timm.inspection import (
+    Inspection,
+    LayerFindings,
+    WarehouseFindings,
+    command,
+    inspect_network,
+    pictures,
+    verdict,
+)
 from kw_timm.inspection.text import percent, unused_cells
 from kw_timm.layers import KWLayer
 from kw_timm.ops.straightforward import assemble_kernels
@@ -184,6 +192,18 @@ def test_heat_maps_keep_what_is_largest():
     assert pictures.pooled(values[:50], 100).shape == (50, 100)
 
 
+def test_of_very_many_layers_some_are_drawn(monkeypatch):
+    monkeypatch.setattr(pictures, '_MOST_ROWS', 10)
+    values = torch.ones(2, 3) / 3
+    owners = ['many'] * 28 + ['one', 'many']
+    layers = tuple(LayerFindings(f'l.{i}', owner, values, values, 3.0, 0.5, 0.5) for i, owner in enumerate(owners))
+    warehouses = tuple(WarehouseFindings(name, (), (1, 1), 1.0, values[0], ()) for name in ('many', 'one'))
+    for draw in (pictures.draw_plan, pictures.draw_variation):
+        names = [label.get_text() for label in draw(Inspection(2, layers, warehouses)).axes[0].get_yticklabels()]
+        assert len(names) == 11
+        assert {'l.0', 'l.28'} <= set(names)
+
+
 def test_pages_of_large_networks_stay_small(tmp_path, monkeypatch):
     found = inspect_network(lively(tiny()), images(2, 16))
     command.write_files(found, tmp_path / 'large', 'x', [])
@@ -237,7 +257,7 @@ def test_the_command(inspected, plan):
     for file in folder.glob('*.png'):
         with Image.open(file) as picture:
             assert min(picture.size) > 150
-            assert len(picture.convert('RGB').getcolors(1 << 24)) > 20
+            assert len(picture.convert('RGB').reduce(4).getcolors(1 << 24)) > 20
     page = (folder / 'index.html').read_text()
     assert len(page) < 5e6
     assert page.count('<tr>') == 2 + len(layers) + len(warehouses)
@@ -280,6 +300,21 @@ def test_the_page_in_a_browser(inspected, plan, size, tmp_path):
     saturated = [count for count, colour in colours if max(colour) - min(colour) > 60 and count > 300]
     assert len(saturated) >= 3
     assert shown.getpixel((size[0] - 1, size[1] // 2)) == (255, 255, 255)  # Nothing sticks out of the page.
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_images_are_prepared_as_the_network_evaluates_them(photos, channels):
+    net = timm.create_model('resnet18', in_chans=channels)
+    config = timm.data.resolve_model_data_config(net) | {'input_size': (channels, 48, 64)}
+    loaded = list(command.load_images(command.find_images([photos]), config))
+    assert [image.shape for image in loaded] == [(channels, 48, 64)] * 3
+    assert all(abs(float(image.mean())) < 1.5 for image in loaded)
+    if channels == 3:
+        with Image.open(photos / '0.png') as first:
+            expected = timm.data.create_transform(**config, is_training=False)(first)
+        assert torch.equal(loaded[0], expected)
+    with pytest.raises(ValueError, match='5 channels'):
+        next(command.load_images([photos / '0.png'], config | {'input_size': (5, 48, 64)}))
 
 
 def test_only_so_many_images_evenly_spread(tmp_path, photos, monkeypatch, capsys):

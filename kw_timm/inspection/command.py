@@ -170,15 +170,18 @@ def load_images(files: list[Path], config: dict[str, Any]) -> Iterator[torch.Ten
     modes = {1: 'L', 3: 'RGB'}
     if channels not in modes:
         raise ValueError(f'The network takes {channels} channels, but images have 1 or 3: give none, to draw some.')
+    for key in ('mean', 'std'):
+        if len(config[key]) != channels:
+            config = config | {key: (sum(config[key]) / len(config[key]),) * channels}
     transform = create_transform(**config, is_training=False)
     for file in files:
         try:
             with Image.open(file) as opened:
-                image = opened.convert(modes[channels])
+                image = transform(opened.convert(modes[channels]))
         except Exception as error:  # Decoders raise whatever they come upon.
             reason = ' '.join(str(error).split())
             raise ValueError(f"The image '{file}' cannot be read: {reason:.200}. Leave it out, or mend it.") from error
-        yield transform(image)
+        yield image
 
 
 def write_files(found: Inspection, folder: Path, title: str, facts: list[str]) -> Path:

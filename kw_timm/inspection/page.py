@@ -64,8 +64,8 @@ def page(title: str, facts: Sequence[str], found: Inspection, pictures: Mapping[
         '<h2>Attention over cells</h2>',
         _note(
             'A line per mixture, a column per cell; the scale is logarithmic but around zero. Above, the largest '
-            'coefficient of each cell, red where nobody uses it, and the largest spread. Where there are more values than '
-            'pixels, the largest of neighbours is shown.'
+            'coefficient of each cell, red where nobody uses it, and the largest spread. Of more values than pixels '
+            'the largest of neighbours is shown.'
         ),
     ]
     for i, warehouse in enumerate(found.warehouses):
