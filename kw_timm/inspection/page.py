@@ -1,10 +1,12 @@
 """Findings as one page that needs nothing but itself."""
 
 import base64
+import struct
 from collections.abc import Mapping, Sequence
 from html import escape
 
 from .measure import Inspection
+from .pictures import DPI
 from .text import HEAD, rows, unused_cells, verdict, warehouse_rows
 
 __all__ = ['page']
@@ -25,8 +27,8 @@ td { border-bottom: 1px solid #e3e6ea; }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
 .numbers th:nth-child(2), .numbers td:nth-child(2) { text-align: right; }
 tbody tr:hover { background: #f1f3f6; }
-img { display: block; max-width: 100%; height: auto; }
-@media (max-width: 700px) { img { max-width: none; width: 580px; } }
+img { display: block; width: min(var(--width), 100%); height: auto; }
+@media (max-width: 700px) { img { width: calc(0.72 * var(--width)); } }
 """
 
 
@@ -88,7 +90,9 @@ def _note(text: str) -> str:
 
 def _picture(png: bytes, text: str) -> str:
     data = base64.b64encode(png).decode('ascii')
-    return f'<div class="wide"><img alt="{escape(text)}" src="data:image/png;base64,{data}"></div>'
+    (pixels,) = struct.unpack('>I', png[16:20])  # The width, in the first chunk of every PNG file.
+    style = f'--width: {100 * pixels // DPI}px'
+    return f'<div class="wide"><img style="{style}" alt="{escape(text)}" src="data:image/png;base64,{data}"></div>'
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]], kind: str) -> str:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from .measure import UNUSED, Inspection, LayerFindings, WarehouseFindings
 from .text import LITTLE, MUCH, percent
 
-__all__ = ['check_matplotlib', 'draw_attention', 'draw_plan', 'draw_variation', 'pooled']
+__all__ = ['DPI', 'check_matplotlib', 'draw_attention', 'draw_plan', 'draw_variation', 'pooled']
 
 # Distinct beside each other; as many as a network of a plan has warehouses, then again from the start.
 _COLOURS = (
@@ -19,7 +19,7 @@ _COLOURS = (
 )  # fmt: skip
 _ROW = 0.19  # Inches of a layer's line.
 _MOST_ROWS = 400  # Lines of a picture; of more layers, those between are left out.
-_DPI = 120
+DPI = 120
 _STEPS = 41  # Colours of a heat map: few, for the size of the file; odd, for one of zero.
 _GRID = '#DDDDDD'
 
@@ -71,7 +71,7 @@ def draw_variation(found: Inspection) -> Any:
 
     layers, colours = _shown(found), _colours(found)
     height, labels = _ROW * len(layers), _room_for(layer.name for layer in layers)
-    figure, panel = _one_panel(labels, 5.5, height, 0.5, 0.5)
+    figure, panel = _one_panel(labels, 3.7, height, 0.5, 0.5)
     _bands(panel, layers)
     values = [100 * layer.kernel_variation for layer in layers]
     shown = [0.0 if value != value else value for value in values]
@@ -124,7 +124,7 @@ def draw_attention(found: Inspection, warehouse: WarehouseFindings, most: int) -
     labels = max(_room_for(layer.name for layer in layers), 0.8)
     left, map_width, gap, strip, below, above = labels, 3.7, 0.3, 0.8, 0.75, 0.35
     whole = (left + 2 * map_width + gap + 1.0, below + height + 0.2 + strip + above)
-    figure = check_matplotlib()(figsize=whole, dpi=_DPI)
+    figure = check_matplotlib()(figsize=whole, dpi=DPI)
 
     def place(x: float, y: float, width: float, tall: float, **options: Any) -> Any:
         return figure.add_axes((x / whole[0], y / whole[1], width / whole[0], tall / whole[1]), **options)
@@ -210,7 +210,7 @@ def _separate(panel: Any, layers: list[LayerFindings], height: float, named: boo
 def _one_panel(left: float, width: float, height: float, above: float, below: float) -> tuple[Any, Any]:
     """Return a figure of one panel, sizes in inches."""
     whole = (left + width + 0.2, above + height + below)
-    figure = check_matplotlib()(figsize=whole, dpi=_DPI)
+    figure = check_matplotlib()(figsize=whole, dpi=DPI)
     panel = figure.add_axes((left / whole[0], below / whole[1], width / whole[0], height / whole[1]))
     for side in ('top', 'right', 'left', 'bottom'):
         panel.spines[side].set_visible(False)
