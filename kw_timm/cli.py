@@ -22,8 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     options, behind = parser.parse_known_args(arguments)
-    if behind and hasattr(options, 'images') and not any(text.startswith('-') for text in behind):
-        options.images += map(Path, behind)  # argparse leaves those that come after an option.
+    images = [text for text in behind if text != '--']
+    if behind and hasattr(options, 'images') and not any(text.startswith('-') for text in images):
+        options.images += map(Path, images)  # argparse leaves those that come after an option.
     elif behind:
         parser.error(f'unrecognized arguments: {" ".join(behind)}')
     options.command_line = shlex.join(['kw-timm', *arguments])

@@ -166,6 +166,27 @@ def test_what_cannot_be_inspected_is_said():
 
 
 @pytest.mark.parametrize(
+    ('variations', 'text'),
+    [
+        ((0.0, 0.0001), r'by 0\.01 % at most \(in b\), .* hardly does anything yet \(less than 1 % everywhere\)'),
+        ((0.05, 0.0), r'by 5\.00 % at most \(in a\), 2\.50 % in the median layer: .* a little \(1 % to 10 %\)'),
+        ((0.1, 0.3), r'by 30\.0 % at most \(in b\), .* at work \(10 % or more in 2 of 2 layers\)'),
+    ],
+)
+def test_verdict(variations, text):
+    values = torch.ones(2, 3)
+    layers = [LayerFindings(name, 'w', values, values, 3.0, 0.5, v) for name, v in zip('ab', variations, strict=True)]
+    assert re.search(text, verdict(Inspection(2, tuple(layers), ())))
+
+
+def test_networks_of_16_bits():
+    net = lively(tiny())
+    wide, narrow = inspect_network(net, images(3, 16)), inspect_network(net.bfloat16(), images(3, 16).bfloat16())
+    for a, b in zip(wide.layers, narrow.layers, strict=True):
+        assert b.kernel_variation == pytest.approx(a.kernel_variation, rel=0.3)
+
+
+@pytest.mark.parametrize(
     ('part', 'text'),
     [
         (0, '0 %'),
@@ -369,3 +390,16 @@ def test_where_nothing_can_be_written_is_said_first(tmp_path, capsys):
         assert run('resnet18', '--output', folder) == 2
         assert text in capsys.readouterr().err
     assert (tmp_path / 'file').read_text() == 'mine'
+
+
+@pytest.mark.parametrize(
+    'arguments', [('a', 'b', '--size', '64'), ('a', '--random-weights', 'b'), ('--limit', '9', '--', 'a', 'b')]
+)
+def test_images_may_stand_behind_options(arguments, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(command, 'run_inspect', lambda options, size: seen.extend(options.images) or 0)
+    assert run(NAME, *arguments) == 0
+    assert list(map(str, seen)) == ['a', 'b']
+    with pytest.raises(SystemExit):
+        run(NAME, *arguments[:2], '--no-such-option')
+    assert 'unrecognized arguments: --no-such-option' in capsys.readouterr().err
