@@ -17,6 +17,7 @@ FLOORS = (
     ('kw_timm.plans', 'kw_timm.replaceable', 'kw_timm.stages', 'kw_timm.takeover'),
     ('kw_timm.plan_json', 'kw_timm.sharing'),
     ('kw_timm.derive', 'kw_timm.recording'),
+    ('kw_timm.plan_table',),
     ('kw_timm.kernelize', 'kw_timm.temperature', 'kw_timm.inference', 'kw_timm.counting'),
     ('kw_timm.weights', 'kw_timm.padding'),
     ('kw_timm.models',),
