@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from .layers.attention import NormLayer
 from .plans import WarehousePlan
 from .replaceable import obstacles
-from .sharing import Group, cut, keep_small
+from .sharing import Group, keep_small, make_group
 from .stages import Place, candidates, find_classifiers, find_places
 
 __all__ = ['DerivedPlan', 'derive_plan', 'fitting_norm']
@@ -76,7 +77,8 @@ def derive_plan(
         The plan, with what stays static in its attribute ``static``.
 
     Raises:
-        ValueError: If the budget is no such number, a pattern matches no layer, or nothing can be planned.
+        ValueError: If the budget is no such number, a pattern matches no layer, a layer has no size yet, or there is
+            nothing to plan.
 
     Example:
         >>> plan = derive_plan(timm.create_model('resnet34'), 4)
@@ -87,6 +89,9 @@ def derive_plan(
     if not attention_limit > 0:
         raise ValueError(f'attention_limit must be a positive number, got {attention_limit!r}.')
     layers = candidates(model)
+    lazy = next((name for name, layer in layers.items() if isinstance(layer, LazyModuleMixin)), None)
+    if lazy is not None:
+        raise ValueError(f"The layer '{lazy}' has no size yet; run the network once before you derive a plan.")
     named = _select(layers, include, exclude)
     norm_layer = norm_layer or fitting_norm(model)
     reasons = _reasons(model, layers, named)
@@ -165,7 +170,7 @@ def _groups(
     groups: list[Group] = []
     unfit: list[str] = []
     for key, members in together.items():
-        group, others = cut(key, members, norm_layer, ratios, is_coarse)
+        group, others = make_group(key, members, norm_layer, ratios, is_coarse)
         groups += [] if group is None else [group]
         unfit += others
     return groups, unfit

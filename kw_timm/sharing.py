@@ -1,16 +1,16 @@
 """Groups of layers that share a warehouse, and what keeps their attention small."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from .layers.attention import NormLayer
-from .layers.partition import assign_cells, cut_kernels
+from .layers.partition import cut_kernels
 from .plans import WarehousePlan, attention_weights, kernel_shape
 
-__all__ = ['Group', 'cut', 'keep_small', 'make_group']
+__all__ = ['Group', 'keep_small', 'make_group']
 
 _LEAST_REDUCTION = 1 / 64
 _MOST_PARTS = 64
@@ -25,48 +25,61 @@ class Group:
         plan: Layers and ratios.
         layers: The layers by name.
         norm_layer: Norm within the attention.
+        cuts: Input and output sides of cells relative to the layers' divisors, the first that serves is taken.
     """
 
     name: str
     plan: WarehousePlan
     layers: Mapping[str, Any]
     norm_layer: NormLayer
+    cuts: tuple[tuple[float, float], ...]
 
     @cached_property
     def sizes(self) -> tuple[int, int]:
         """Weights of attentions and of cells; ValueError if kernels cannot be cut so."""
-        shapes = [kernel_shape(layer) for layer in self.layers.values()]
-        cell, grids, cells = cut_kernels(shapes, *self.plan.ratios)
-        start = 0
-        for grid in grids:
-            _, start = assign_cells(math.prod(grid), start, self.plan.cell_num_ratio, cells)
-        if start != cells:
-            raise ValueError(f'{start} cells are assigned of {cells}.')
+        cell, grids, cells = cut_kernels(self.kernels, *self.plan.ratios)
+        width = round(1 / self.plan.cell_num_ratio) if self.plan.cell_num_ratio < 1 else 1
+        if any(math.prod(grid) % width for grid in grids):
+            raise ValueError(f'Mixtures do not divide by {width}.')
         attention = attention_weights(self.plan, list(self.layers.values()), grids, cells, self.norm_layer)
         return attention, cells * math.prod(cell)
+
+    @cached_property
+    def kernels(self) -> list[tuple[int, ...]]:
+        """Shapes of the kernels."""
+        return [kernel_shape(layer) for layer in self.layers.values()]
 
     @property
     def attention(self) -> int:
         """Weights of its attentions."""
         return self.sizes[0]
 
-    def part(self, name: str, wanted: Callable[[str], bool]) -> 'Group':
-        """Return a group of some of its layers."""
-        layers = {layer: module for layer, module in self.layers.items() if wanted(layer)}
-        return replace(self, name=name, plan=replace(self.plan, layers=list(layers)), layers=layers)
-
+    @cached_property
     def fits(self) -> bool:
-        """Say whether its kernels can be cut, and its mixtures divide by what the budget asks."""
+        """Whether its kernels can be cut, and its mixtures divide by what the budget asks."""
         try:
             return bool(self.layers) and self.sizes[0] >= 0
         except ValueError:
             return False
 
+    def part(self, name: str, wanted: Callable[[str], bool]) -> 'Group':
+        """Return a group of some of its layers, cut anew."""
+        layers = {layer: module for layer, module in self.layers.items() if wanted(layer)}
+        return replace(self, name=name, plan=replace(self.plan, layers=list(layers)), layers=layers).cut()
+
+    def cut(self) -> 'Group':
+        """Return the group with the first cut that serves, or with the first where none does."""
+        tried = (
+            replace(self, plan=replace(self.plan, cell_inplane_ratio=i, cell_outplane_ratio=o)) for i, o in self.cuts
+        )
+        first = next(tried)
+        return first if first.fits else next((group for group in tried if group.fits), first)
+
 
 def make_group(
     name: str, layers: Mapping[str, Any], norm_layer: NormLayer, ratios: Mapping[str, Any], is_coarse: bool
-) -> Group | None:
-    """Return a group whose cells are cut such that the budget's cells can be assigned, None if there is no such cut.
+) -> tuple[Group | None, list[str]]:
+    """Return a group whose cells are cut such that the budget's cells can be assigned, and the layers left out for it.
 
     Args:
         name: Of the warehouse.
@@ -74,32 +87,18 @@ def make_group(
         norm_layer: Norm within the attention.
         ratios: Of the warehouse; below a budget of 1, cells are halved on both sides, as in the released networks, if
             nothing else is given and that serves.
-        is_coarse: Prefer the cells that make the attention smallest, instead.
+        is_coarse: Prefer the largest cells that serve, instead, which make the attention small.
     """
     plan = WarehousePlan(list(layers), **ratios)
-    given = 'cell_inplane_ratio' in ratios or 'cell_outplane_ratio' in ratios
-    cuts: Iterator[tuple[float, float]] = iter([(plan.cell_inplane_ratio, plan.cell_outplane_ratio)])
-    if plan.cell_num_ratio < 1 and not given:
+    cuts = [(plan.cell_inplane_ratio, plan.cell_outplane_ratio)]
+    if plan.cell_num_ratio < 1 and cuts == [(1.0, 1.0)]:
         powers = [2.0**-i for i in range(1 + math.ceil(math.log2(1 / plan.cell_num_ratio)))]
-        others = sorted(((i, o) for i in powers for o in powers), key=lambda cut: -cut[0] * cut[1])
-        cuts = iter([(0.5, 0.5), *others])
-    groups = [
-        Group(name, replace(plan, cell_inplane_ratio=i, cell_outplane_ratio=o), layers, norm_layer) for i, o in cuts
-    ]
-    fitting = (group for group in groups if group.fits())
-    return min(fitting, key=lambda group: group.attention, default=None) if is_coarse else next(fitting, None)
-
-
-def cut(
-    name: str, layers: Mapping[str, Any], norm_layer: NormLayer, ratios: Mapping[str, Any], is_coarse: bool
-) -> tuple[Group | None, list[str]]:
-    """Return a group as :func:`make_group`, and the layers that had to be left out for it."""
-    group = make_group(name, layers, norm_layer, ratios, is_coarse)
-    if group is not None:
-        return group, []
-    single = {n: layer for n, layer in layers.items() if make_group(name, {n: layer}, norm_layer, ratios, is_coarse)}
-    rest = make_group(name, single, norm_layer, ratios, is_coarse) if single else None
-    return rest, [n for n in layers if rest is None or n not in rest.layers]
+        cuts = sorted(((i, o) for i in powers for o in powers), key=lambda cut: -cut[0] * cut[1])
+        cuts = cuts if is_coarse else [(0.5, 0.5), *cuts]
+    group = Group(name, plan, layers, norm_layer, tuple(cuts)).cut()
+    if not group.fits:
+        group = group.part(name, lambda layer: group.part(layer, lambda other: other == layer).fits)
+    return (group, [n for n in layers if n not in group.layers]) if group.fits else (None, list(layers))
 
 
 def keep_small(groups: list[Group], others: int, limit: float) -> tuple[list[Group], dict[str, int]]:
@@ -120,7 +119,7 @@ def keep_small(groups: list[Group], others: int, limit: float) -> tuple[list[Gro
         The warehouses, and the layers that were left out with their attention's weights.
     """
     singles = _singles(groups)
-    relative = {name: alone.attention / _kernels(alone) for name, alone in singles.items()}
+    relative = {n: alone.attention / _kernels(alone) if alone.fits else math.inf for n, alone in singles.items()}
     order = sorted(singles, key=relative.__getitem__, reverse=True)
     dispensable = sum(relative[name] > 1 for name in order)
 
@@ -128,14 +127,14 @@ def keep_small(groups: list[Group], others: int, limit: float) -> tuple[list[Gro
         dropped = set(order[:count])
         rest = [group.part(group.name, lambda name: name not in dropped) for group in start]
         more = others + sum(_kernels(singles[name]) for name in dropped)
-        found = _shrink([group for group in rest if group.fits()], more, limit, least)
+        found = _shrink([group for group in rest if group.fits], more, limit, least)
         return found, _excess(found, more, limit) <= 0
 
     count, found = _fewest(lambda n: without(n, 2, groups), 0, dispensable)
     if found is None:
         start, _ = without(dispensable, 2, groups)
         count, found = _fewest(lambda n: without(n, 1, start), dispensable, len(order))
-    return found or [], {name: singles[name].attention for name in order[:count]}
+    return found or [], {name: singles[name].attention if singles[name].fits else 0 for name in order[:count]}
 
 
 def _fewest(attempt: Callable[[int], tuple[list[Group], bool]], low: int, high: int) -> tuple[int, list[Group] | None]:
@@ -181,7 +180,7 @@ def _singles(groups: list[Group]) -> dict[str, Group]:
         small = replace(group, plan=replace(group.plan, reduction=min(_LEAST_REDUCTION, group.plan.reduction)))
         for layer in group.layers:
             found[layer] = small.part(layer, lambda name, layer=layer: name == layer)  # type: ignore[misc]
-    return {layer: group for layer, group in found.items() if group.fits()}
+    return found
 
 
 def _kernels(group: Group) -> int:
@@ -210,7 +209,7 @@ def _best_move(group: Group, least: int) -> list[Group] | None:
                 for i in range(2)
             ]
             # A layer by itself shares nothing; where it makes the others' cells small, that is the better all the same.
-            if all(part.fits() for part in parts) and (
+            if all(part.fits for part in parts) and (
                 min(len(part.layers) for part in parts) >= least or _saving(group, parts) > group.attention / 2
             ):
                 moves.append(parts)

@@ -121,7 +121,8 @@ def _is_gate(model: nn.Module, name: str) -> bool:
 
 def _timm_stages(model: Any, layers: dict[str, Any]) -> tuple[dict[str, int], dict[int, str]] | None:
     """Return every layer's stage and the stages' names, from timm's feature info; None if that tells nothing."""
-    info = [entry for entry in getattr(model, 'feature_info', None) or () if isinstance(entry, dict)]
+    given = getattr(model, 'feature_info', None)
+    info = [entry for entry in given if isinstance(entry, dict)] if isinstance(given, list | tuple) else []
     names = [str(entry.get('module', '')) for entry in info]
     modules = dict(model.named_modules())
     if len({entry.get('reduction') for entry in info}) < 2 or not all(name in modules and name for name in names):
