@@ -11,6 +11,7 @@ from timm.models import FeatureInfo
 from torch import nn
 
 import kw_timm
+from kw_timm.cli import main
 from kw_timm.layers import KWLayer
 from kw_timm.models import KWNetwork
 from kw_timm.models.derived import DERIVED
@@ -146,6 +147,14 @@ def test_pyramid(convnet):
     assert [SIZE // o.shape[-1] for o in outputs] == list(pyramid.strides)
     sum(o.square().mean() for o in outputs).backward()
     assert not [key for key, p in pyramid.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_list(capsys):
+    assert main(['list']) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert len(lines) == 15 + len(DERIVED) == 57
+    assert lines['kw1x_resnet18'] == 'released weights'
+    assert lines['kw2x_deit_small_patch16_224'] == "no released weights; pretrained_static='deit_small_patch16_224'"
 
 
 def test_there_are_no_weights():
