@@ -14,7 +14,7 @@ from kw_timm import WarehousePlan, derive_plan, kernelize, plan_from_json
 from kw_timm.layers import KWLayer, KWLinear
 from kw_timm.models import KernelizedNetwork
 
-STATIC = 'resnet10t'
+STATIC = 'test_resnet'
 
 
 def kernelized(budget: float = 1, **arguments) -> nn.Module:
