@@ -190,3 +190,14 @@ def test_starts_from_the_static_network():
     file = {key: value.clone() for key, value in static.state_dict().items()}
     model = timm.create_model('kernelized', static=STATIC, plan=plan, pretrained_static=file).eval()
     torch.testing.assert_close(model(x), static(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_how_a_network_began_is_not_asked_for_again(tmp_path):
+    torch.save(timm.create_model(STATIC).state_dict(), tmp_path / 'static.pth')
+    plan = {'last': {'layers': ['layer4.0.conv1', 'layer4.0.conv2']}}
+    arguments = {'static': STATIC, 'plan': plan, 'pretrained_static': str(tmp_path / 'static.pth')}
+    model, x = timm.create_model('kernelized', **arguments).eval(), images(2, 64)
+    name = saved(model, tmp_path)
+    (tmp_path / 'static.pth').unlink()
+    assert torch.equal(timm.create_model(name, pretrained=True).eval()(x), model(x))
