@@ -75,7 +75,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_export(commands)
     _add_inspect(commands)
+    text = 'list the KW networks, and which of them have released weights'
+    commands.add_parser('list', help=text, description=f'{text[0].upper() + text[1:]}.').set_defaults(command=_list)
     return parser
+
+
+def _list(options: argparse.Namespace) -> int:
+    import timm
+
+    from .models.derived import DERIVED
+
+    released = timm.list_models('kw*', pretrained=True, include_tags=False)
+    names = sorted(timm.list_models('kw*'), key=lambda name: name not in released)
+    width = max(map(len, names))
+    for name in names:
+        static = DERIVED.get(name, '')
+        note = 'released weights' if name in released else f'no released weights; pretrained_static={static!r}'
+        print(f'{name:<{width}}  {note}')
+    return 0
 
 
 def _add_export(commands: Any) -> None:

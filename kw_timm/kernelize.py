@@ -12,6 +12,7 @@ from .layers.norms import AttentionBatchNorm
 from .layers.partition import partition_kernels
 from .layers.start import check_init
 from .plans import WarehousePlan, check_sizes, kernel_shape, naming, plan_sizes
+from .recording import recorded
 from .replaceable import check_replaceable, counterpart
 from .takeover import WEIGHTS, kernel_std, take_over
 
@@ -31,6 +32,7 @@ class _Warehouses(nn.ModuleDict):
         return x
 
 
+@recorded
 def kernelize(
     model: nn.Module,
     plan: Mapping[str, WarehousePlan],

@@ -13,7 +13,16 @@ from torch import nn
 from .layers.attention import NormLayer, basis_size, hidden_width
 from .layers.partition import cut_kernels
 
-__all__ = ['PlanSizes', 'WarehousePlan', 'WarehouseSizes', 'check_sizes', 'kernel_shape', 'naming', 'plan_sizes']
+__all__ = [
+    'PlanSizes',
+    'WarehousePlan',
+    'WarehouseSizes',
+    'attention_weights',
+    'check_sizes',
+    'kernel_shape',
+    'naming',
+    'plan_sizes',
+]
 
 # The released networks have at most 5 times the weights of their static kernels; what is small may be more.
 _LEAST_LIMIT, _MOST_GROWTH = 10_000_000, 20
@@ -207,7 +216,7 @@ def _warehouse_sizes(
 ) -> WarehouseSizes:
     shapes = {layer: kernel_shape(module) for layer, module in layers.items()}
     cell_shape, grids, cells = cut_kernels(list(shapes.values()), *entry.ratios)
-    attention = _attention_weights(entry, list(layers.values()), grids, cells, norm_layer)
+    attention = attention_weights(entry, list(layers.values()), grids, cells, norm_layer)
     return WarehouseSizes(
         name,
         tuple(layers),
@@ -239,7 +248,7 @@ def _culprits(
             _, grids, cells = cut_kernels([shapes[name] for name in names], *entry.ratios)
         except ValueError:
             return math.inf
-        return _attention_weights(entry, [layers[name] for name in names], grids, cells, norm)
+        return attention_weights(entry, [layers[name] for name in names], grids, cells, norm)
 
     tiers = [[[name] for name in layers]]
     for axis in (1, 0):
@@ -257,9 +266,18 @@ def _culprits(
     return tuple(culprits)
 
 
-def _attention_weights(
+def attention_weights(
     entry: WarehousePlan, layers: list[Any], grids: list[tuple[int, int, int]], cells: int, norm_layer: NormLayer
 ) -> int:
+    """Return the weights of all attentions of a warehouse, norms and biases included.
+
+    Args:
+        entry: Ratios.
+        layers: The layers, linear or convolutional.
+        grids: Their mixtures' grids.
+        cells: Cells of the warehouse.
+        norm_layer: Norm within the attention.
+    """
     total = 0
     for layer, grid in zip(layers, grids, strict=True):
         channels, mixtures = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels, math.prod(grid)

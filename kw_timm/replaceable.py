@@ -1,6 +1,6 @@
 """Which layers of a network can become KW layers, and why others cannot."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
 from .readers import find_reader
 
-__all__ = ['check_replaceable', 'counterpart']
+__all__ = ['check_replaceable', 'counterpart', 'obstacles']
 
 _COUNTERPARTS: dict[type[nn.Module], type[KWLayer]] = {
     Conv2dSame: KWConv2d,
@@ -55,17 +55,27 @@ def check_replaceable(model: nn.Module, planned: Mapping[str, str]) -> None:
         model: The network.
         planned: Layer name -> warehouse name.
     """
-    everywhere = list(model.named_modules(remove_duplicate=False))
-    modules = dict(everywhere)
-    wrapper = next((m for m in modules.values() if isinstance(m, DistributedDataParallel)), None)
+    wrapper = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
     if wrapper is not None:
         raise ValueError('The network is wrapped in DistributedDataParallel; kernelize it first, then wrap it.')
-    users = _users(everywhere)
-    for layer, warehouse in planned.items():
+    for layer, reason in obstacles(model, planned):
+        raise ValueError(f"Warehouse '{planned[layer]}' plans the layer '{layer}', but {reason}")
+
+
+def obstacles(model: nn.Module, layers: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield the layers that cannot be replaced, each with the reason, a sentence's second half.
+
+    Args:
+        model: The network.
+        layers: Names of layers, as ``named_modules`` gives them.
+    """
+    everywhere = list(model.named_modules(remove_duplicate=False))
+    modules, users = dict(everywhere), _users(everywhere)
+    for layer in layers:
         module: Any = modules[layer]
         reason = _reason(module) or _shared(layer, module, users) or _read(modules, layer)
         if reason is not None:
-            raise ValueError(f"Warehouse '{warehouse}' plans the layer '{layer}', but {reason}")
+            yield layer, reason
 
 
 def _reason(module: Any) -> str | None:

@@ -5,7 +5,9 @@ from functools import lru_cache
 
 import timm
 import torch
+from timm.models import get_notrace_functions, get_notrace_modules
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import kw_timm.models  # noqa: F401  (registers the models)
 from kw_timm.random_weights import enliven, fit_norms
@@ -59,3 +61,23 @@ def network(name: str) -> nn.Module:
 def images(batch: int = 2, size: int = 64, channels: int = 3, seed: int = 1) -> torch.Tensor:
     """A batch of random images."""
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def as_graph(model: nn.Module) -> nn.Module:
+    """Trace a network into an fx graph."""
+    options = dict(
+        leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions(), param_shapes_constant=True
+    )
+    train, evaluate = get_graph_node_names(model, tracer_kwargs=options)
+    return create_feature_extractor(
+        model, train_return_nodes=train[-1:], eval_return_nodes=evaluate[-1:], tracer_kwargs=options
+    )
+
+
+def check_gradients(model: nn.Module, outputs: torch.Tensor) -> None:
+    """Assert that logits of 42 classes are sound, and that every parameter has a part in them."""
+    assert outputs.shape == (2, 42)
+    assert outputs.isfinite().all()
+    outputs.mean().backward()
+    assert [key for key, p in model.named_parameters() if p.grad is None] == []
+    model.zero_grad()

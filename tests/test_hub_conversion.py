@@ -21,9 +21,10 @@ from kw_timm.weights.exact import (
     to_timm_exact,
 )
 from kw_timm.weights.static import STATIC_NETWORKS
+from kw_timm.weights.variants import released_names
 
 CONFIGS = Path(__file__).parents[1] / 'configs/mask_rcnn'
-NETWORKS = [*timm.list_models('kw*'), *STATIC_NETWORKS]
+NETWORKS = [*released_names(), *STATIC_NETWORKS]
 DETECTORS = [
     'resnet50',
     'kw1x_resnet50',

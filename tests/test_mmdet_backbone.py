@@ -25,7 +25,7 @@ def without_gradient(module: nn.Module, x: torch.Tensor) -> list[str]:
     return [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
 
 
-@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('name', [*SMALL, 'kw1x_mobilenetv4_conv_small'])
 @pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (1, 2), (-1,)])
 def test_levels_and_no_dead_parameters(name, out_indices):
     backbone = BACKBONES.build(dict(type='KWBackbone', name=name, out_indices=out_indices)).train()

@@ -175,6 +175,30 @@ def test_segmentation_models_pytorch():
     assert all(p.grad is not None for p in cells)
 
 
+@pytest.mark.parametrize('encoder', ['resnet18', 'tu-regnety_002'])
+def test_a_derived_plan_for_segmentation_models_pytorch(encoder):
+    """A Unet of static layers, decoder and all, becomes a KW network and learns."""
+    smp = pytest.importorskip('segmentation_models_pytorch')
+    torch.manual_seed(0)
+    unet = smp.Unet(encoder, encoder_weights=None, classes=3)
+    plan = kw_timm.derive_plan(unet, attention_limit=0.2, exclude='segmentation_head.*')
+    planned = {layer for entry in plan.values() for layer in entry.layers}
+    assert any(layer.startswith('encoder.') for layer in planned)
+    assert any(layer.startswith('decoder.') for layer in planned)
+    kw_timm.kernelize(unet, plan, weights='keep')
+    x = torch.randn(2, 3, SIZE, SIZE)
+    optimizer = torch.optim.SGD(unet.parameters(), RATE)
+    losses = []
+    for _ in range(3):
+        loss = unet.train()(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(p.grad is not None for p in unet.warehouses.parameters())
+
+
 def test_transformers_backbone_of_detr():
     """Its TimmBackbone finds KW networks, once `kw_timm` is imported, and DETR learns over one."""
     transformers = pytest.importorskip('transformers')

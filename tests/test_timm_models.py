@@ -6,10 +6,9 @@ import math
 import pytest
 import timm
 import torch
-from networks import VARIANTS, images, lively
-from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules
+from networks import VARIANTS, as_graph, check_gradients, images, lively
+from timm.models import FeatureInfo
 from torch import nn
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 SIZE = 64
 # Those that differ from a smaller one in numbers only.
@@ -32,25 +31,6 @@ def name(request) -> str:
 def made(name) -> nn.Module:
     torch.manual_seed(0)
     return lively(timm.create_model(name))
-
-
-def as_graph(model: nn.Module) -> nn.Module:
-    """Trace a network into an fx graph."""
-    options = dict(
-        leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions(), param_shapes_constant=True
-    )
-    train, evaluate = get_graph_node_names(model, tracer_kwargs=options)
-    return create_feature_extractor(
-        model, train_return_nodes=train[-1:], eval_return_nodes=evaluate[-1:], tracer_kwargs=options
-    )
-
-
-def check_gradients(model: nn.Module, outputs: torch.Tensor) -> None:
-    assert outputs.shape == (2, 42)
-    assert outputs.isfinite().all()
-    outputs.mean().backward()
-    assert [key for key, p in model.named_parameters() if p.grad is None] == []
-    model.zero_grad()
 
 
 @torch.no_grad()

@@ -11,12 +11,16 @@ from torch import nn
 import kw_timm
 from kw_timm.layers import KWAttention, KWLayer
 from kw_timm.models import KWConvNeXt, KWMobileNetV2, KWResNet
+from kw_timm.models.derived import DERIVED
 from kw_timm.weights import reference_keys
 
 
-def test_lists_exactly_the_released_variants():
-    assert sorted(timm.list_models('kw*')) == sorted(VARIANTS)
-    assert sorted(timm.list_models('kw*', include_tags=True)) == sorted(f'{name}.osvai_in1k' for name in VARIANTS)
+def test_lists_the_released_variants_apart_from_the_others():
+    assert sorted(timm.list_models('kw*')) == sorted([*VARIANTS, *DERIVED])
+    assert sorted(timm.list_models('kw*', pretrained=True)) == sorted(f'{name}.osvai_in1k' for name in VARIANTS)
+    assert sorted(timm.list_models('kw*', include_tags=True)) == sorted(
+        [*(f'{name}.osvai_in1k' for name in VARIANTS), *DERIVED]
+    )
     assert sorted(name for name in VARIANTS if 'resnet' in name) == sorted(timm.list_models(module='kw_resnet'))
 
 

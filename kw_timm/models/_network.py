@@ -132,6 +132,8 @@ def build_kw_model(
     """
     if 'feature_cls' in kwargs:
         _check_feature_cls(kwargs['feature_cls'])
+    if 'pretrained_static' in (kwargs.get('pretrained_model_args') or {}):
+        pretrained_static = None  # How the network that was saved began; its weights are there.
     if pretrained_static is not None:
         if pretrained:
             raise ValueError("Give pretrained=True for the KW network's weights, or pretrained_static=..., not both.")

@@ -200,7 +200,9 @@ class _KernelWarehouseConv(torch.autograd.Function):
         # Saved tensors may come back as others; whose gradient it is does not change.
         ctx.parameter = cells if cells.is_leaf and cells.requires_grad else None
         with torch.autocast(x.device.type, enabled=False):
-            return _convolve_in_chunks(x, coefficients, cells, bias, spec)
+            y = _convolve_in_chunks(x, coefficients, cells, bias, spec)
+            # A view made in here could not be changed in place, as an activation behind the layer may want to.
+            return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     @once_differentiable

@@ -13,7 +13,7 @@ from .prefixes import find_prefix, without_prefix
 from .skeletons import create_skeleton
 from .sound import check_kinds, first_few, misfits
 from .static import STATIC_NETWORKS, identify_static, static_names, static_to_reference, static_to_timm
-from .variants import OURS, REFERENCE_WAREHOUSE, candidates, identify_variant
+from .variants import OURS, REFERENCE_WAREHOUSE, candidates, identify_variant, released_names
 
 __all__ = [
     'Network',
@@ -222,4 +222,4 @@ def rename_exact(state_dict: Mapping[str, torch.Tensor], name: str) -> dict[str,
 
 
 def _known_names() -> list[str]:
-    return [*timm.list_models('kw*'), *STATIC_NETWORKS]
+    return [*released_names(), *STATIC_NETWORKS]

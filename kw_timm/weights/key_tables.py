@@ -21,7 +21,7 @@ def timm_names(family: str, classifier: str | None = None) -> dict[str, str]:
     No name of timm's is one of the reference's for something else, so that :func:`rename` leaves timm's as they are.
 
     Args:
-        family: ``'resnet'``, ``'mobilenetv2'`` or ``'convnext'``.
+        family: ``'resnet'``, ``'mobilenetv2'`` or ``'convnext'``; ``'timm'`` for networks that the reference lacks.
         classifier: The reference's name of MobileNetV2's classifier: ``'classifier'`` in KW 1x and 4x,
             ``'classifier.1'`` in the static network, ``'classifier.1.conv'`` in KW 1/2x. None for all of them, which
             serves in this direction only.
@@ -32,7 +32,7 @@ def timm_names(family: str, classifier: str | None = None) -> dict[str, str]:
     Raises:
         ValueError: If the family is unknown.
     """
-    if family == 'resnet':
+    if family in ('resnet', 'timm'):
         return {}
     if family == 'mobilenetv2':
         return _mobilenetv2_names(_CLASSIFIERS if classifier is None else (classifier,))

@@ -21,6 +21,7 @@ __all__ = [
     'identify_variant',
     'own_name',
     'own_names',
+    'released_names',
     'shapes_of',
     'warehouse_names',
 ]
@@ -50,9 +51,14 @@ class Variant:
 
 @lru_cache
 def variant(name: str) -> Variant:
-    """Return what the weights of a registered variant look like."""
+    """Return what the weights of a registered network look like."""
     model = create_skeleton(name)
     return Variant(model.family, shapes_of(model.state_dict()), model_shapes(model))
+
+
+def released_names() -> list[str]:
+    """Return the names of the networks with released weights."""
+    return list(timm.list_models('kw*', pretrained=True, include_tags=False))
 
 
 def shapes_of(state_dict: Mapping[str, Any]) -> Shapes:
@@ -129,7 +135,7 @@ def candidates(state_dict: Mapping[str, Any]) -> list[str]:
     if not warehouses and not any('.attention.' in key for key in state_dict):
         return []
     fitting = []
-    for name in timm.list_models('kw*'):
+    for name in released_names():
         whole = variant(name).warehouses
         if _hold(warehouses, whole):
             fitting.append(name)
