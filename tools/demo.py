@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / 'configs/shapes/mask_rcnn_kw1x_mobilenetv2_050_fpn_shapes.py'
 DRAWN = 0.5  # score from which detections are drawn; of boxes on one object, whose overlap is larger, the best
 ENLARGED = 3  # factor at which detections are drawn, for legible labels
-BATCH = 4  # of all processes together
+BATCH = 8  # of all processes together
 METRICS = {'mAP': 'AP', 'mAP_50': 'AP50', 'mAP_75': 'AP75'}
 
 

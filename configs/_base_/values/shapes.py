@@ -14,7 +14,7 @@ shapes = dict(
     milestones=[6],
     warmup_iters=50,
     warmup_end=51,
-    lr=0.002,
+    lr=0.004,
     log_interval=20,
     checkpoints=2,
 )
