@@ -6,7 +6,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# What the demo needs of it.
+# What all need of it, and what the demo needs.
+READY_BASE := $(VENV)/.ready-base
 READY_DEMO := $(VENV)/.ready-demo
 # Further environments that hold only what differs, over the packages of the first one.
 VENV3 := .venv3
@@ -65,17 +66,22 @@ setup: $(READY)
 
 setup3: $(READY3)
 
-# mmcv 1.7.2 is built without isolation: its setup.py needs an old setuptools, and asks for OpenCV if it finds none.
-$(READY_DEMO): pyproject.toml build-constraints.txt $(wildcard kw_timm/csrc/*)
+$(READY_BASE): pyproject.toml build-constraints.txt $(wildcard kw_timm/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Python 3.11 is needed: install it, or name it with make PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --no-compile torch torchvision opencv-python-headless wheel -r build-constraints.txt
-	$(BIN)/python -m pip install --no-compile --no-build-isolation -e '.[mmdet]'
+	$(BIN)/python -m pip install --no-compile --no-build-isolation -e '.[detection]'
 	-$(BIN)/python -m compileall -q -j 0 $(VENV)/lib  # as pip does, on all cores
 	touch $@
 
-# Of this package, which is installed, only what the extras name.
+# From here on only what the extras name. mmcv 1.7.2 is built without isolation: its setup.py needs an old setuptools,
+# and asks for OpenCV if it finds none.
+$(READY_DEMO): $(READY_BASE)
+	$(BIN)/python -m pip install --no-compile --no-build-isolation 'kw-timm[mmdet]'
+	-$(BIN)/python -m compileall -q -j 0 $(VENV)/lib
+	touch $@
+
 $(READY): $(READY_DEMO)
 	$(BIN)/python -m pip install --no-compile 'kw-timm[mmdet,test,dev]'
 	-$(BIN)/python -m compileall -q -j 0 $(VENV)/lib
@@ -90,7 +96,7 @@ $(1)/bin/python -m pip install -r $(1)/requirements.txt
 endef
 
 # mmcv-lite asks for an OpenCV that needs a display; the one of the first environment does.
-$(READY3): $(READY_DEMO) tools/overlay.sh
+$(READY3): $(READY_BASE) tools/overlay.sh
 	$(call install_extra,$(VENV3),mmdet3)
 	$(VENV3)/bin/python -m pip uninstall -y opencv-python
 	touch $@

@@ -84,7 +84,9 @@ OTHERS = (
 )
 
 
-@pytest.mark.parametrize('budget', [0.25, 0.5, 1, 4])
+@pytest.mark.parametrize(
+    'budget', [0.25, pytest.param(0.5, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 4]
+)
 @pytest.mark.parametrize('name', [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_any_timm_network(name, budget):
     model = create_skeleton(name)

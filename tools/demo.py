@@ -194,7 +194,7 @@ def main() -> None:
     default = ROOT / 'work_dirs' / ('shapes' if GENERATION == 2 else f'shapes{GENERATION}')
     parser.add_argument('--work-dir', type=Path, default=default, help='default: %(default)s')
     parser.add_argument('--epochs', type=int, help='(those of the config)')
-    parser.add_argument('--train', type=int, default=700, help='training images (default: %(default)s)')
+    parser.add_argument('--train', type=int, default=400, help='training images (default: %(default)s)')
     parser.add_argument('--val', type=int, default=100, help='held-out images (default: %(default)s)')
     parser.add_argument('--processes', type=int, choices=(1, 2, 4), default=count_processes(), help='(%(default)s)')
     args = parser.parse_args()
