@@ -48,18 +48,18 @@ def _parser() -> argparse.ArgumentParser:
         epilog='example: kw-timm bench kw1x_resnet50',
     )
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
-    text = 'measure time and peak memory of a network in its modes, side by side'
-    bench = commands.add_parser(
+    bench = _add_command(
+        commands,
         'bench',
-        help=text,
-        description=f'{text[0].upper() + text[1:]}. Weights are random, results are compared with each other. '
+        _bench,
+        'measure time and peak memory of a network in its modes, side by side',
+        '. Weights are random, results are compared with each other. '
         'Modes: static, the same network without kernel warehouses; straightforward, all cells mixed for '
         'every image and one grouped convolution; default, as a network computes by itself; optimized, by '
         'kw_timm.optimize_for_inference. The bound is the static time and what mixing takes at the '
         "machine's measured limits.",
-        epilog='example: kw-timm bench kw4x_resnet50 kw1x_resnet50 --batch 1 8 --train --csv results.csv',
+        'kw-timm bench kw4x_resnet50 kw1x_resnet50 --batch 1 8 --train --csv results.csv',
     )
-    bench.set_defaults(command=_bench)
     bench.add_argument('variants', nargs='*', metavar='VARIANT', help="KW networks, see timm.list_models('kw*')")
     bench.add_argument('--batch', type=positive, nargs='+', default=[1], metavar='N', help='images (1)')
     bench.add_argument('--size', nargs='+', default=['224'], metavar='N', help='224, 800x1333 or 800 1333 pixels (224)')
@@ -75,9 +75,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_export(commands)
     _add_inspect(commands)
-    text = 'list the KW networks, and which of them have released weights'
-    commands.add_parser('list', help=text, description=f'{text[0].upper() + text[1:]}.').set_defaults(command=_list)
+    _add_command(commands, 'list', _list, 'list the KW networks, and which of them have released weights', '.')
     return parser
+
+
+def _add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, more: str, example: str | None = None
+) -> argparse.ArgumentParser:
+    """Add a command, described by a text and what more there is to say."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=f'{text[0].upper()}{text[1:]}{more}',
+        epilog=None if example is None else f'example: {example}',
+    )
+    command.set_defaults(command=run)
+    return command
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -98,14 +111,14 @@ def _list(options: argparse.Namespace) -> int:
 def _add_export(commands: Any) -> None:
     from .benchmark.session import positive
 
-    text = 'write a network to a file for another runtime, run it there and compare it with torch'
-    export = commands.add_parser(
+    export = _add_command(
+        commands,
         'export',
-        help=text,
-        description=f'{text[0].upper() + text[1:]}; prints the largest difference and the times of both.',
-        epilog='example: kw-timm export kw1x_resnet50 --to onnx --dynamic --output kw1x_resnet50.onnx',
+        _export,
+        'write a network to a file for another runtime, run it there and compare it with torch',
+        '; prints the largest difference and the times of both.',
+        'kw-timm export kw1x_resnet50 --to onnx --dynamic --output kw1x_resnet50.onnx',
     )
-    export.set_defaults(command=_export)
     export.add_argument('network', metavar='NAME|CHECKPOINT', help="timm's name, or a weight file of a KW variant")
     export.add_argument('--to', choices=('onnx', 'openvino', 'torch'), required=True, help='runtime')
     export.add_argument('--output', type=Path, metavar='FILE', help='.onnx, .xml or .pt2 (the name, here)')
@@ -122,14 +135,14 @@ def _add_export(commands: Any) -> None:
 def _add_inspect(commands: Any) -> None:
     from .benchmark.session import positive
 
-    text = 'show what the attention of a network does: which cells it uses, how far kernels vary between images'
-    inspect = commands.add_parser(
+    inspect = _add_command(
+        commands,
         'inspect',
-        help=text,
-        description=f'{text[0].upper() + text[1:]}; prints tables and a verdict, and writes pictures and one page.',
-        epilog='example: kw-timm inspect kw1x_resnet50 photos --checkpoint last.pth --output inside',
+        _inspect,
+        'show what the attention of a network does: which cells it uses, how far kernels vary between images',
+        '; prints tables and a verdict, and writes pictures and one page.',
+        'kw-timm inspect kw1x_resnet50 photos --checkpoint last.pth --output inside',
     )
-    inspect.set_defaults(command=_inspect)
     inspect.add_argument(
         'network', metavar='MODEL', help="timm's name, local-dir:FOLDER, or a KW variant's weight file"
     )

@@ -5,7 +5,7 @@ Knows timm only, so that it serves every framework's adapter alike.
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -298,15 +298,11 @@ class PyramidFeatures(nn.Module):
             return
         state_dict = read_weight_file(weights)
         load_static(self.model, state_dict, prefix)
-        if self.out_norms:
-            part = backbone_part(state_dict, prefix, weights)
-            norms = {key: value for key, value in part.items() if OUT_NORM.match(key)}
-            self.load_state_dict({key: value for key, value in norms.items() if key in self.state_dict()}, strict=False)
+        self._load_norms(backbone_part(state_dict, prefix, weights))
 
     def _load_part(self, part: dict[str, torch.Tensor], source: str) -> None:
         """Load the backbone of a detector: this package's, with ``model.`` and output norms, or the reference's."""
-        norms = {key: value for key, value in part.items() if OUT_NORM.match(key)}
-        trunk = {key.removeprefix('model.'): value for key, value in part.items() if key not in norms}
+        trunk = {key.removeprefix('model.'): value for key, value in part.items() if not OUT_NORM.match(key)}
         try:
             known = self.name.partition('.')[0] in (*STATIC_NETWORKS, *timm.list_models('kw*'))
             # Names warehouses and classifiers that were pruned here.
@@ -316,8 +312,14 @@ class PyramidFeatures(nn.Module):
         except ValueError as error:
             raise ValueError(f"Weights '{source}' do not fit {self.name}: {error}") from error
         self.model.load_state_dict({key: trunk[key] for key in own})
+        self._load_norms(part)
+
+    def _load_norms(self, part: Mapping[str, torch.Tensor]) -> None:
+        """Load the output norms among a detector's backbone, those of the levels that there are."""
         if self.out_norms:
-            self.load_state_dict({key: value for key, value in norms.items() if key in self.state_dict()}, strict=False)
+            own = self.state_dict()
+            norms = {key: value for key, value in part.items() if OUT_NORM.match(key) and key in own}
+            self.load_state_dict(norms, strict=False)
 
     def _frozen_parameters(self) -> list[nn.Parameter]:
         cells = {p for module in self.model.modules() if isinstance(module, Warehouse) for p in module.parameters()}

@@ -96,12 +96,11 @@ class KWAttention(nn.Module):
     ) -> None:
         super().__init__()
         share: LayerPartition = partition.layers[index]
-        self.init, self._codes = check_init(init), start_codes(share, partition)
+        self.init, self._share, self._partition = check_init(init), share, partition
         basis = make_basis(share, partition, nonlocal_basis_ratio)
         self.num_mixtures = share.num_mixtures
         self.num_cells = partition.num_cells
         self.temperature: float = 0.0
-        self._assigned = share.assigned
         hidden = hidden_width(in_channels, reduction)
         self.fc1 = nn.Linear(in_channels, hidden, bias=norm_layer is not nn.BatchNorm1d, device=device, dtype=dtype)
         self.norm1 = as_attention_norm(norm_layer(hidden, device=device, dtype=dtype))
@@ -133,12 +132,12 @@ class KWAttention(nn.Module):
     @property
     def codes(self) -> torch.Tensor:
         """What the mixtures begin as, ``(m, n + 1)``, see :func:`~kw_timm.layers.start.start_codes`."""
-        return self._codes.dense(self.fc2.weight, self.num_cells + 1)
+        return start_codes(self._share, self._partition).dense(self.fc2.weight, self.num_cells + 1)
 
     @property
     def assigned(self) -> tuple[int, ...]:
         """For each mixture the cell that it equals at temperature 1; ``num_cells`` stands for the zero cell."""
-        return self._assigned
+        return self._share.assigned
 
     def _reset_published(self) -> None:
         # Linear layers Kaiming normal (fan out, ReLU), biases 0, norm 1 and 0.
@@ -179,7 +178,7 @@ class KWAttention(nn.Module):
     def init_non_persistent_buffers(self) -> None:
         """Fill the assignment, which no weight file holds (also after ``to_empty``)."""
         with torch.no_grad():
-            columns = torch.tensor(self._assigned, device=self.assignment.device)
+            columns = torch.tensor(self.assigned, device=self.assignment.device)
             self.assignment.zero_().scatter_(1, columns[:, None], 1.0)
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from .convert import reference_keys, to_timm_state_dict
 from .entries import select_weights
 from .errors import WeightsMismatchError, in_one_line
 from .files import check_weight_file, read_weight_file
-from .prefixes import WRAPPERS, find_prefix, without_prefix, without_wrappers
+from .prefixes import WRAPPERS, find_prefix, named_under, without_prefix, without_wrappers
 from .sound import check_finite, check_kinds, check_names, first_few, misfits
 from .variants import own_name, own_names, warehouse_names
 
@@ -78,16 +78,7 @@ def unwrap_weights(checkpoint: Mapping[str, Any], model: nn.Module, prefix: str 
     Example:
         >>> model.load_state_dict(unwrap_weights(torch.load('epoch=9.ckpt'), model))
     """
-    state_dict, _ = select_weights(checkpoint)
-    if prefix:
-        start = prefix if prefix.endswith('.') else f'{prefix}.'
-        part = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
-        if not part:
-            heads = sorted({key.partition('.')[0] for key in state_dict})
-            raise WeightsMismatchError(
-                f"No name begins with prefix='{start}'; they begin with {first_few(heads)}. Give another, or none."
-            )
-        state_dict = part
+    state_dict = named_under(select_weights(checkpoint)[0], prefix)
     known = _known_names(model)
     classifier = {name for name in known if name.startswith(CLASSIFIERS)}
     return without_prefix(state_dict, find_prefix(state_dict, known), classifier)

@@ -7,7 +7,7 @@ from typing import Any
 from .errors import WeightsMismatchError
 from .sound import first_few
 
-__all__ = ['WRAPPERS', 'find_prefix', 'without_prefix', 'without_wrappers']
+__all__ = ['WRAPPERS', 'find_prefix', 'named_under', 'without_prefix', 'without_wrappers']
 
 # Modules of torch's wrappers; no network has such names itself.
 WRAPPERS = ('_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_forward_module')
@@ -60,6 +60,24 @@ def find_prefix(keys: Iterable[str], known: Collection[str]) -> str:
             f"kw_timm.load_checkpoint(model, FILE, prefix='{best.removesuffix('.')}') takes one of them."
         )
     return best
+
+
+def named_under(state_dict: Mapping[str, Any], prefix: str | None) -> Mapping[str, Any]:
+    """Return the tensors whose names begin with a prefix that was given, without it; all of them if none was.
+
+    Raises:
+        WeightsMismatchError: If no name begins with it.
+    """
+    if not prefix:
+        return state_dict
+    start = prefix if prefix.endswith('.') else f'{prefix}.'
+    part = without_prefix(state_dict, start)
+    if not part:
+        heads = sorted({key.partition('.')[0] for key in state_dict})
+        raise WeightsMismatchError(
+            f"No name begins with prefix='{start}'; they begin with {first_few(heads)}. Give another, or none."
+        )
+    return part
 
 
 def without_prefix(state_dict: Mapping[str, Any], prefix: str, beside: Collection[str] = ()) -> dict[str, Any]:

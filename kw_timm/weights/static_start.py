@@ -16,7 +16,7 @@ from .entries import select_weights
 from .errors import WeightsMismatchError
 from .files import check_weight_file, read_weight_file
 from .load import CLASSIFIERS
-from .prefixes import find_prefix, without_prefix
+from .prefixes import find_prefix, named_under, without_prefix
 from .sound import check_finite, first_few
 from .static import identify_static, static_names, static_to_timm
 from .store import reachable
@@ -147,15 +147,8 @@ def unwrap_static(source: Mapping[str, Any], known: Collection[str], prefix: str
         raise WeightsMismatchError(
             "The weights are a KW network's, not a static one's; load them by kw_timm.load_checkpoint(model, FILE)."
         )
-    if prefix:
-        start = f'{prefix.removesuffix(".")}.'
-        if not (part := without_prefix(found, start)):
-            names = first_few(list(found))
-            raise WeightsMismatchError(
-                f"No name begins with prefix='{start}', they are {names}; give another, or none."
-            )
-        found = part
-    part = without_prefix(found, find_prefix(found, {*known, *static_names()}))
+    named = named_under(found, prefix)
+    part = without_prefix(named, find_prefix(named, {*known, *static_names()}))
     static = identify_static(part)
     return static_to_timm(part, static) if static else part
 
