@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import timm
 import torch
-from timm.models import get_notrace_functions, get_notrace_modules
+from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
@@ -81,3 +81,58 @@ def check_gradients(model: nn.Module, outputs: torch.Tensor) -> None:
     outputs.mean().backward()
     assert [key for key, p in model.named_parameters() if p.grad is None] == []
     model.zero_grad()
+
+
+@torch.no_grad()
+def check_forward(made: nn.Module, size: int, **graph_tolerance: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Assert that logits are sound, and the same with checkpoints and as a graph; return images and logits."""
+    x = images(1, size)
+    outputs = made(x)
+    assert outputs.shape == (1, 1000)
+    assert outputs.isfinite().all()
+    made.set_grad_checkpointing()
+    torch.testing.assert_close(made(x), outputs, rtol=1e-4, atol=1e-5)
+    made.set_grad_checkpointing(False)
+    torch.testing.assert_close(as_graph(made)(x).popitem()[1], outputs, **graph_tolerance)
+    return x, outputs
+
+
+@torch.no_grad()
+def check_head(made: nn.Module, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Assert that a head can be taken off; return the features, and the outputs without head and pooling."""
+    x = images(1, size)
+    features = made.forward_features(x)
+    pooled = made.forward_head(features, pre_logits=True)
+    assert pooled.shape == (1, made.head_hidden_size)
+    torch.testing.assert_close(made.forward_head(features), made(x))
+    model = copy.deepcopy(made)
+    model.reset_classifier(0)
+    assert model.num_classes == 0
+    torch.testing.assert_close(model(x), pooled)
+    model.reset_classifier(0, '')
+    return features, model(x)
+
+
+@torch.no_grad()
+def check_intermediates(made: nn.Module, size: int) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """Assert that levels are as announced; return the features, the levels, and the second and last level alone."""
+    x = images(1, size)
+    info = FeatureInfo(made.feature_info, len(made.feature_info))
+    final, features = made.forward_intermediates(x, output_fmt='NCHW')
+    assert [f.shape[1] for f in features] == info.channels()
+    assert [size // f.shape[-1] for f in features] == info.reduction()
+    torch.testing.assert_close(final, made.forward_features(x), rtol=0, atol=0)
+    only = made.forward_intermediates(x, indices=[1, -1], intermediates_only=True)
+    assert torch.equal(only[0], features[1])
+    return final, features, only
+
+
+def check_backward(made: nn.Module, size: int) -> tuple[nn.Module, nn.Module]:
+    """Assert that every parameter gets a gradient, of a graph too; return the trained network and its graph."""
+    model = copy.deepcopy(made).train()
+    model.reset_classifier(42)
+    x = images(2, size)
+    check_gradients(model, model(x))
+    graph = as_graph(model)
+    check_gradients(graph, graph(x).popitem()[1])
+    return model, graph

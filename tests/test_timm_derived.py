@@ -6,8 +6,7 @@ import pickle
 import pytest
 import timm
 import torch
-from networks import as_graph, check_gradients, images, lively
-from timm.models import FeatureInfo
+from networks import check_backward, check_forward, check_head, check_intermediates, images, lively
 from torch import nn
 
 import kw_timm
@@ -59,53 +58,23 @@ def test_is_the_static_network_with_a_derived_plan(made, name):
 
 @torch.no_grad()
 def test_forward(made):
-    x = images(1, SIZE)
-    outputs = made(x)
-    assert outputs.shape == (1, 1000)
-    assert outputs.isfinite().all()
-    made.set_grad_checkpointing()
-    torch.testing.assert_close(made(x), outputs, rtol=1e-4, atol=1e-5)
-    made.set_grad_checkpointing(False)
-    torch.testing.assert_close(as_graph(made)(x).popitem()[1], outputs, rtol=1e-5, atol=1e-5)
+    x, outputs = check_forward(made, SIZE, rtol=1e-5, atol=1e-5)
     for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert type(other) is type(made)
         torch.testing.assert_close(other(x), outputs, rtol=0, atol=0)
 
 
-@torch.no_grad()
 def test_head_and_pooling(made):
-    x = images(1, SIZE)
-    features = made.forward_features(x)
-    pooled = made.forward_head(features, pre_logits=True)
-    assert pooled.shape == (1, made.head_hidden_size)
-    torch.testing.assert_close(made.forward_head(features), made(x))
-    model = copy.deepcopy(made)
-    model.reset_classifier(0)
-    assert model.num_classes == 0
-    torch.testing.assert_close(model(x), pooled)
-    model.reset_classifier(0, '')
-    assert model(x).shape[0] == 1
+    _, unpooled = check_head(made, SIZE)
+    assert unpooled.shape[0] == 1
 
 
-@torch.no_grad()
 def test_forward_intermediates(made):
-    x = images(1, SIZE)
-    info = FeatureInfo(made.feature_info, len(made.feature_info))
-    final, features = made.forward_intermediates(x, output_fmt='NCHW')
-    assert [f.shape[1] for f in features] == info.channels()
-    assert [SIZE // f.shape[-1] for f in features] == info.reduction()
-    torch.testing.assert_close(final, made.forward_features(x), rtol=0, atol=0)
-    only = made.forward_intermediates(x, indices=[1, -1], intermediates_only=True)
-    assert torch.equal(only[0], features[1])
+    check_intermediates(made, SIZE)
 
 
 def test_backward(made):
-    model = copy.deepcopy(made).train()
-    model.reset_classifier(42)
-    x = images(2, SIZE)
-    check_gradients(model, model(x))
-    graph = as_graph(model)
-    check_gradients(graph, graph(x).popitem()[1])
+    check_backward(made, SIZE)
 
 
 def test_features(made, name):

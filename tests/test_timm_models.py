@@ -1,13 +1,11 @@
 """What timm asks of each of its own models, asked of each variant, with smaller images."""
 
-import copy
 import math
 
 import pytest
 import timm
 import torch
-from networks import VARIANTS, as_graph, check_gradients, images, lively
-from timm.models import FeatureInfo
+from networks import VARIANTS, check_backward, check_forward, check_head, check_intermediates, images, lively
 from torch import nn
 
 SIZE = 64
@@ -33,59 +31,28 @@ def made(name) -> nn.Module:
     return lively(timm.create_model(name))
 
 
-@torch.no_grad()
 def test_forward(made):
-    x = images(1, SIZE)
-    outputs = made(x)
-    assert outputs.shape == (1, 1000)
-    assert outputs.isfinite().all()
-    made.set_grad_checkpointing()
-    torch.testing.assert_close(made(x), outputs, rtol=1e-4, atol=1e-5)
-    made.set_grad_checkpointing(False)
-    torch.testing.assert_close(as_graph(made)(x).popitem()[1], outputs, rtol=0, atol=0)
+    check_forward(made, SIZE, rtol=0, atol=0)
 
 
-@torch.no_grad()
 def test_head_and_pooling(made):
-    x = images(1, SIZE)
-    features = made.forward_features(x)
+    features, unpooled = check_head(made, SIZE)
     assert features.shape == (1, made.num_features, SIZE // 32, SIZE // 32)
-    pooled = made.forward_head(features, pre_logits=True)
-    assert pooled.shape == (1, made.head_hidden_size)
-    torch.testing.assert_close(made.forward_head(features), made(x))
-    model = copy.deepcopy(made)
-    model.reset_classifier(0)
-    assert model.num_classes == 0
-    torch.testing.assert_close(model(x), pooled)
-    model.reset_classifier(0, '')
-    assert model(x).shape == features.shape
+    assert unpooled.shape == features.shape
 
 
 @torch.no_grad()
 def test_forward_intermediates(made):
-    x = images(1, SIZE)
-    info = FeatureInfo(made.feature_info, len(made.feature_info))
-    final, features = made.forward_intermediates(x, output_fmt='NCHW')
-    assert [f.shape[1] for f in features] == info.channels()
-    assert [SIZE // f.shape[-1] for f in features] == info.reduction()
-    torch.testing.assert_close(final, made.forward_features(x), rtol=0, atol=0)
-    only = made.forward_intermediates(x, indices=[1, -1], intermediates_only=True)
+    final, features, only = check_intermediates(made, SIZE)
     assert len(only) == 2
-    assert torch.equal(only[0], features[1])
     assert torch.equal(only[1], features[-1])
     made.set_grad_checkpointing()
-    torch.testing.assert_close(made.forward_intermediates(x)[0], final, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(made.forward_intermediates(images(1, SIZE))[0], final, rtol=1e-4, atol=1e-5)
     made.set_grad_checkpointing(False)
 
 
 def test_backward(made):
-    model = copy.deepcopy(made).train()
-    model.reset_classifier(42)
-    x = images(2, SIZE)
-    check_gradients(model, model(x))
-    graph = as_graph(model)
-    check_gradients(graph, graph(x).popitem()[1])
-    counts = [sum(p.numel() for p in m.parameters()) for m in (model, graph)]
+    counts = [sum(p.numel() for p in m.parameters()) for m in check_backward(made, SIZE)]
     assert counts[0] == counts[1]
 
 
