@@ -8,7 +8,7 @@ from .kernelize import WarehousePlan, kernelize
 from .plan_json import plan_from_json, plan_to_json
 from .plan_table import PlanTable, plan_table
 from .plans import PlanSizes, plan_sizes
-from .temperature import TemperatureSchedule, get_temperature, set_temperature
+from .temperature import TemperatureSchedule, anneal, get_temperature, set_temperature
 from .weights import load_checkpoint, load_static
 
 __version__ = '0.1.0'
@@ -19,6 +19,7 @@ __all__ = [
     'TemperatureSchedule',
     'WarehousePlan',
     '__version__',
+    'anneal',
     'derive_plan',
     'flop_hooks',
     'get_temperature',

@@ -7,6 +7,7 @@ from timm.layers import Conv2dSame
 from torch import nn
 
 from .layers import KWLayer, KWLinear, Warehouse
+from .layers.annealing import PASSES
 from .layers.attention import NormLayer, make_basis
 from .layers.norms import AttentionBatchNorm
 from .layers.partition import partition_kernels
@@ -30,6 +31,14 @@ class _Warehouses(nn.ModuleDict):
 
     def forward(self, x: Any) -> Any:
         return x
+
+    def _load_from_state_dict(  # type: ignore[no-untyped-def]
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        # Weights of a network that counted its training passes fit one that does not.
+        unexpected: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs)
+        unexpected_keys.extend(key for key in unexpected if key != prefix + PASSES)
 
 
 @recorded

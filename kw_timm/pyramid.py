@@ -16,7 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import models  # noqa: F401  (registers the KW networks)
 from .layers import Warehouse
+from .layers.annealing import without_passes
 from .padding import without_padding
+from .temperature import anneal
 from .weights import load_static, read_weight_file
 from .weights.detectors import OUT_NORM, backbone_part
 from .weights.exact import check_complete, rename_exact
@@ -130,6 +132,7 @@ class PyramidFeatures(nn.Module):
         norm_eval: Keep every BatchNorm, the attention's included, on its running statistics while training.
         out_norms: Pass every level through a LayerNorm over channels (``norm0``, ``norm1``, ...). None: for ConvNeXt.
         head_conv: Let the last level be the output of the 1x1 head. None: for MobileNetV2 (1280 channels).
+        temperature_steps: Let the pyramid anneal its temperature by itself, see :func:`~kw_timm.anneal`.
         grad_checkpointing: Keep less for the gradient and compute it again, where timm offers that.
         **model_args: Further arguments of ``timm.create_model``: ``drop_path_rate``, ``ls_init_value``, ``in_chans``...
 
@@ -149,6 +152,7 @@ class PyramidFeatures(nn.Module):
         out_norms: bool | None = None,
         head_conv: bool | None = None,
         grad_checkpointing: bool = False,
+        temperature_steps: float | None = None,
         **model_args: Any,
     ) -> None:
         super().__init__()
@@ -189,6 +193,8 @@ class PyramidFeatures(nn.Module):
         self.grad_checkpointing = grad_checkpointing
         if grad_checkpointing:
             _checkpoint(name, model)
+        if temperature_steps is not None:
+            anneal(self, temperature_steps)
         self.train(self.training)
 
     def forward(self, x: torch.Tensor, sizes: Sequence[tuple[int, int]] | None = None) -> tuple[torch.Tensor, ...]:
@@ -278,7 +284,7 @@ class PyramidFeatures(nn.Module):
                 f'Name a weight file with --cfg-options model.backbone.init_cfg.checkpoint=FILE, or train from random '
                 f'weights with --cfg-options model.backbone.init_cfg=None.'
             ) from error
-        self.model.load_state_dict({key: whole[key] for key in self.model.state_dict()})
+        self.model.load_state_dict({key: whole[key] for key in without_passes(self.model.state_dict())})
 
     def load_static(self, weights: str, prefix: str | None = None) -> None:
         """Start a KW network from the static one that it was made of, see :func:`~kw_timm.load_static`.
@@ -307,7 +313,7 @@ class PyramidFeatures(nn.Module):
             known = self.name.partition('.')[0] in (*STATIC_NETWORKS, *timm.list_models('kw*'))
             # Names warehouses and classifiers that were pruned here.
             trunk = rename_exact(trunk, self.name.partition('.')[0]) if known else trunk
-            own = self.model.state_dict()
+            own = without_passes(self.model.state_dict())
             check_complete({key: value for key, value in trunk.items() if key in own}, own, self.name)
         except ValueError as error:
             raise ValueError(f"Weights '{source}' do not fit {self.name}: {error}") from error

@@ -1,13 +1,15 @@
 """The temperature that blends the initial assignment into the attention while training begins."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from .layers import KWAttention
+from .layers import KWAttention, KWLayer
+from .layers.annealing import Annealing
 
-__all__ = ['TemperatureSchedule', 'get_temperature', 'set_temperature']
+__all__ = ['TemperatureSchedule', 'anneal', 'get_temperature', 'set_temperature']
 
 
 def set_temperature(model: nn.Module, temperature: float) -> None:
@@ -18,7 +20,7 @@ def set_temperature(model: nn.Module, temperature: float) -> None:
         temperature: 0 (pure attention) to 1 (each mixture is its initially assigned cell).
 
     Raises:
-        ValueError: If the temperature is outside [0, 1], or the model has no KW layer.
+        ValueError: If the temperature is outside [0, 1], the model has no KW layer, or it anneals by itself.
 
     Example:
         >>> set_temperature(timm.create_model('kw1x_resnet18'), 0.5)
@@ -26,20 +28,78 @@ def set_temperature(model: nn.Module, temperature: float) -> None:
     value = float(temperature)
     if not 0 <= value <= 1:
         raise ValueError(f'The temperature must lie in [0, 1], got {temperature!r}.')
-    for attention in _attentions(model):
+    attentions = _attentions(model)
+    if any(attention.annealing is not None for attention in attentions):
+        raise ValueError(
+            f'{type(model).__name__} anneals its temperature by itself, by its training passes (temperature_steps or '
+            f'kw_timm.anneal), so nothing else can set it: leave TemperatureSchedule, TemperatureHook and '
+            f'set_temperature out, or end it by kw_timm.anneal(model, None).'
+        )
+    for attention in attentions:
         attention.temperature = value
 
 
 def get_temperature(model: nn.Module) -> float:
-    """Return the temperature of a model's KW layers.
+    """Return the temperature of a model's KW layers; of one that anneals by itself that of the pass last begun.
 
     Raises:
         ValueError: If the model has no KW layer, or its layers differ in temperature.
     """
-    values = {attention.temperature for attention in _attentions(model)}
+    values = {
+        attention.temperature if attention.annealing is None else attention.annealing.now(attention.training)
+        for attention in _attentions(model)
+    }
     if len(values) > 1:
         raise ValueError(f'The KW layers differ in temperature: {sorted(values)}. Set one with set_temperature.')
     return values.pop()
+
+
+def anneal(model: nn.Module, steps: float | None) -> None:
+    """Let a network anneal its temperature by itself: it counts its own training passes, no hook is needed.
+
+    ``t = max(0, 1 - passes / steps)``; each call of ``model`` in training mode is a pass, counted from 1, every
+    micro-batch of an accumulated step too. In evaluation mode the temperature is 0. So whatever calls it trains it
+    as the published recipes do: timm's ``train.py``, Lightning, Accelerate, Transformers' ``Trainer``, MMDetection.
+
+    The count is a buffer (``warehouses.training_passes``, int64). It comes back with a checkpoint's ``state_dict``, is
+    moved, copied and broadcast as buffers are, and is absent where nothing anneals: weights with and without it load
+    into networks with and without it, strictly too. It is no weight: :func:`~kw_timm.load_checkpoint` leaves it out, as
+    does whatever publishes weights. It is counted within ``torch.compile``'s graph, and once per pass with gradient
+    checkpointing. On a CPU nothing is left of it once the temperature is 0; on a device, where reading the count would
+    wait, and in a compiled graph layers go on blending with 0, which ``anneal(model, None)`` ends.
+
+    Call it before copies are made (EMA; a copy counts by itself and computes at 0 in evaluation) and before wrapping
+    (DDP, ``torch.compile``). It excludes other ways of setting the temperature: :class:`TemperatureSchedule`,
+    MMDetection's ``TemperatureHook`` and :func:`set_temperature` raise ``ValueError`` for such a network.
+
+    Args:
+        model: The module that is called, with KW layers within: a network, a feature extractor, a detector. The calls
+            of modules around or within it do not count.
+        steps: Passes until the temperature is 0, for the published recipes 20 epochs (15 for MobileNetV2), in batches
+            of one process. A network that anneals already begins anew. None ends annealing, at temperature 0.
+
+    Raises:
+        ValueError: If the model has no KW layer, or ``steps`` is not positive.
+
+    Example:
+        >>> model = timm.create_model('kw1x_resnet18', init='published')
+        >>> anneal(model, steps=20 * len(loader))  # or timm.create_model(..., temperature_steps=20 * len(loader))
+    """
+    if steps is not None and not 0 < float(steps) < math.inf:
+        raise ValueError(f'steps must be a number of training passes above 0, or None to end annealing, got {steps!r}.')
+    attentions = _attentions(model)
+    for running in dict.fromkeys(attention.annealing for attention in attentions):
+        if running is not None:
+            running.end()
+    if steps is not None:
+        Annealing(model, _keeper(model), attentions, float(steps))
+
+
+def _keeper(model: nn.Module) -> nn.Module:
+    """Return the warehouses of the first network within a model; of one that was made by hand the model itself."""
+    shared = [module.__dict__['warehouse'] for module in model.modules() if isinstance(module, KWLayer)]
+    groups = (module for module in model.modules() if isinstance(module, nn.ModuleDict))
+    return next((group for group in groups if any(cells in group.values() for cells in shared)), model)
 
 
 class TemperatureSchedule:
@@ -48,13 +108,15 @@ class TemperatureSchedule:
     ``t = max(0, 1 - step / (epochs * steps_per_epoch))`` with ``step`` counted from 1. The published recipes take 20
     epochs (15 for MobileNetV2).
 
+    For those who want the reins; :func:`anneal` needs no call per step, and excludes this.
+
     Args:
         model: Network, or a wrapper around it.
         epochs: Epochs until the temperature is 0.
         steps_per_epoch: Optimizer steps per epoch.
 
     Raises:
-        ValueError: If the model has no KW layer, or a length is not positive.
+        ValueError: If the model has no KW layer or anneals by itself, or a length is not positive.
 
     Example:
         >>> schedule = TemperatureSchedule(model, epochs=20, steps_per_epoch=len(loader))

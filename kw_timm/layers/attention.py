@@ -7,6 +7,7 @@ import torch.fx
 from torch import nn
 
 from ..ops.modes import is_recording
+from .annealing import Annealing
 from .norms import as_attention_norm, normalize
 from .partition import LayerPartition, Partition
 from .start import ALIVE, check_init, inertia, start_codes
@@ -60,6 +61,7 @@ class KWAttention(nn.Module):
     Attributes:
         temperature: 1 makes every mixture its assigned cell, 0 (the default) is pure attention. State of the model,
             not of its weights; set it with :func:`kw_timm.set_temperature`.
+        annealing: What lets the temperature fall in its stead, see :func:`kw_timm.anneal`; None (the default): nothing.
         assignment: The initial assignment, ``(m, n + 1)``, one-hot.
 
     Args:
@@ -101,6 +103,7 @@ class KWAttention(nn.Module):
         self.num_mixtures = share.num_mixtures
         self.num_cells = partition.num_cells
         self.temperature: float = 0.0
+        self.annealing: Annealing | None = None
         hidden = hidden_width(in_channels, reduction)
         self.fc1 = nn.Linear(in_channels, hidden, bias=norm_layer is not nn.BatchNorm1d, device=device, dtype=dtype)
         self.norm1 = as_attention_norm(norm_layer(hidden, device=device, dtype=dtype))
@@ -196,8 +199,11 @@ class KWAttention(nn.Module):
         """Return the coefficients ``(B, m, n)`` for inputs ``(B, C, *spatial)``."""
         logits = self.logits(self.hidden(x))
         coefficients = logits / (sum_of_magnitudes(logits) + 1e-3)
-        if self.temperature != 0:
-            coefficients = (1 - self.temperature) * coefficients + self.temperature * self.assignment
+        temperature: float | torch.Tensor = self.temperature
+        if self.annealing is not None and not isinstance(x, torch.fx.Proxy):  # A graph counts nothing.
+            temperature = self.annealing.of_layer(self.training)
+        if isinstance(temperature, torch.Tensor) or temperature != 0:
+            coefficients = (1 - temperature) * coefficients + temperature * self.assignment
         return coefficients[..., :-1].to(logits.dtype)
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..kernelize import drop_unused_warehouses
 from ..layers.attention import KWAttention
+from ..temperature import anneal
 from ..weights import WeightsMismatchError, read_weight_file, to_timm_state_dict, unwrap_weights
 from ..weights.errors import in_one_line
 from ..weights.load import fit_state_dict
@@ -105,6 +106,7 @@ def build_kw_model(
     pretrained: bool,
     feature_levels: Sequence[int],
     pretrained_static: str | Path | Mapping[str, Any] | None = None,
+    temperature_steps: float | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Build a variant as timm builds its own models.
@@ -117,6 +119,8 @@ def build_kw_model(
         feature_levels: Default ``out_indices`` of ``features_only``.
         pretrained_static: Weights of the static network to start from, see :func:`~kw_timm.load_static`, e.g.
             ``'resnet50.a1_in1k'``.
+        temperature_steps: Let the network anneal its temperature by itself, within so many training passes, see
+            :func:`~kw_timm.anneal`.
         **kwargs: As for ``timm.create_model``.
 
     Returns:
@@ -124,7 +128,7 @@ def build_kw_model(
 
     Raises:
         ValueError: If ``feature_cls`` is one that cannot work with shared warehouses, or both ``pretrained`` and
-            ``pretrained_static`` are given.
+            ``pretrained_static`` are given; or ``temperature_steps`` is not positive.
         FileNotFoundError: If ``pretrained_cfg_overlay`` names a weight file that does not exist.
         ValueError: If that file cannot be read, or holds another variant's weights.
         WeightsNotFoundError: If there are no pretrained weights to be had.
@@ -132,8 +136,11 @@ def build_kw_model(
     """
     if 'feature_cls' in kwargs:
         _check_feature_cls(kwargs['feature_cls'])
-    if 'pretrained_static' in (kwargs.get('pretrained_model_args') or {}):
+    saved = kwargs.get('pretrained_model_args') or {}
+    if 'pretrained_static' in saved:
         pretrained_static = None  # How the network that was saved began; its weights are there.
+    if saved.get('temperature_steps') == temperature_steps:
+        temperature_steps = None  # And how it was trained.
     if pretrained_static is not None:
         if pretrained:
             raise ValueError("Give pretrained=True for the KW network's weights, or pretrained_static=..., not both.")
@@ -143,7 +150,7 @@ def build_kw_model(
         source = pretrained_source(variant, kwargs.get('pretrained_cfg'), overlay, kwargs.get('cache_dir'))
         kwargs['pretrained_cfg_overlay'] = overlay | source
     try:
-        return build_model_with_cfg(
+        network: nn.Module = build_model_with_cfg(
             model_cls,
             variant,
             pretrained,
@@ -158,6 +165,9 @@ def build_kw_model(
             if isinstance(error, ValueError | RuntimeError):
                 raise WeightsMismatchError(f"The file '{weight_file}' was not loaded. {in_one_line(error)}") from error
         raise
+    if temperature_steps is not None:
+        anneal(network, temperature_steps)
+    return network
 
 
 def _started_from(model_cls: Callable[..., nn.Module], source: Any) -> Callable[..., nn.Module]:

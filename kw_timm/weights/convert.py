@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..layers import KWLinear
+from ..layers.annealing import without_passes
 from .key_tables import rename, timm_names
 from .protocol import KWModel
 from .variants import REFERENCE_WAREHOUSE, check_variant, own_names, warehouse_names
@@ -49,7 +50,7 @@ def _is_reference_gamma(value: Any) -> bool:
 def reference_keys(model: KWModel) -> dict[str, str]:
     """Return ``{key of this package: key of the reference}`` for the model's state dict, in the reference's order."""
     names = _reference_names(model)
-    keys = {key: rename(key, names) for key in model.state_dict()}
+    keys = {key: rename(key, names) for key in without_passes(model.state_dict())}
     for i, name in enumerate(model.warehouses):
         keys[f'warehouses.{name}.weight'] = f'{REFERENCE_WAREHOUSE}{i}'
     return in_reference_order(keys)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..layers.annealing import without_passes
 from .prefixes import without_wrappers
 
 __all__ = ['EMA_KEYS', 'select_weights']
@@ -27,8 +28,8 @@ def select_weights(checkpoint: Any, use_ema: bool = True) -> tuple[dict[str, tor
         use_ema: Prefer averaged weights where there are any.
 
     Returns:
-        State dict without the prefixes of wrappers (DDP, FSDP, ``torch.compile``, averaging); and the entry's name,
-        ``''`` for a bare state dict.
+        State dict without the prefixes of wrappers (DDP, FSDP, ``torch.compile``, averaging) and without a count of
+        training passes; and the entry's name, ``''`` for a bare state dict.
 
     Raises:
         ValueError: If there are no tensors.
@@ -38,7 +39,7 @@ def select_weights(checkpoint: Any, use_ema: bool = True) -> tuple[dict[str, tor
         order = (*EMA_KEYS, *_PLAIN_KEYS) if use_ema else (*_PLAIN_KEYS, *EMA_KEYS)
         entry = next((key for key in order if isinstance(checkpoint.get(key), Mapping)), '')
         weights = checkpoint[entry] if entry else checkpoint
-    tensors = dict(_tensors(weights))
+    tensors = without_passes(dict(_tensors(weights)))
     if not tensors:
         raise ValueError('it holds no tensors; expected a state dict or a checkpoint with one.')
     unwrapped: dict[str, torch.Tensor] = {}

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from ..layers.annealing import without_passes
 from .convert import reference_keys, to_timm_state_dict
 from .entries import select_weights
 from .errors import WeightsMismatchError, in_one_line
@@ -35,7 +36,7 @@ def load_checkpoint(
         prefix: What the names of the network's tensors begin with; None finds it.
 
     Returns:
-        Missing and unexpected keys.
+        Missing and unexpected keys. A count of training passes (:func:`~kw_timm.anneal`) is left out and left as it is.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -99,6 +100,10 @@ def fit_state_dict(state_dict: Mapping[str, Any], model: Any, strict: bool = Tru
         WeightsMismatchError: If they are another variant's, are no plain tensors, or have names that begin otherwise;
             the message says what to write.
     """
+    weights = without_passes(state_dict)
+    if len(weights) < len(state_dict):
+        passes = {key: value for key, value in state_dict.items() if key not in weights}
+        return {**passes, **fit_state_dict(weights, model, strict)}
     own = model.state_dict()
     if all(_is_like(value, own.get(key)) for key, value in state_dict.items()):
         return state_dict
@@ -139,7 +144,7 @@ def _is_like(value: Any, own: Any) -> bool:
 
 def check_fits(weights: Mapping[str, Any], model: nn.Module, strict: bool = True) -> None:
     """Raise WeightsMismatchError unless weights are a network's: all of them, or with ``strict=False`` some."""
-    own = model.state_dict()
+    own = without_passes(model.state_dict())
     check_kinds(weights, own)
     # Where a count of batches is missing, torch goes on from the network's.
     counts = {key: value for key, value in own.items() if key.endswith('.num_batches_tracked') and key not in weights}

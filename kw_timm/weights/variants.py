@@ -8,6 +8,7 @@ from typing import Any
 import timm
 import torch
 
+from ..layers.annealing import without_passes
 from .errors import WeightsMismatchError
 from .key_tables import rename, timm_names
 from .protocol import KWModel
@@ -175,7 +176,7 @@ def check_variant(
         given: The weights as they were, where the reference's numbers stood for the warehouses of the model.
     """
     found, expected, name = _warehouses(shapes_of(weights)), model_shapes(model), own_name(model)
-    own = shapes_of(model.state_dict())
+    own = shapes_of(without_passes(model.state_dict()))
     if not found and strict and not any('.attention.' in key for key in weights):
         static = _static_layer(weights, model)
         alike = sum(key in own for key in weights)
