@@ -75,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_export(commands)
     _add_inspect(commands)
+    _add_train(commands)
+    _add_validate(commands)
     _add_command(commands, 'list', _list, 'list the KW networks, and which of them have released weights', '.')
     return parser
 
@@ -154,6 +156,47 @@ def _add_inspect(commands: Any) -> None:
         '--limit', type=positive, default=64, metavar='N', help='most images to take, evenly spread (64)'
     )
     inspect.add_argument('--output', type=Path, metavar='DIR', help='folder to write to (inspect-MODEL)')
+
+
+def _add_train(commands: Any) -> None:
+    from .training.options import add_train_options
+
+    train = _add_command(
+        commands,
+        'train',
+        _train,
+        'train a classifier by the published recipe of the network, or fine-tune it',
+        ", over timm's own parts and with its options. Weights, figures of every epoch and the options go to a folder, "
+        'from where --resume goes on as if nothing had happened. Several processes by torchrun -m kw_timm train ...',
+        'kw-timm train imagenet --model kw1x_resnet18 --batch-size 256 --amp --workers 8',
+    )
+    add_train_options(train)
+
+
+def _add_validate(commands: Any) -> None:
+    from .training.options import add_validate_options
+
+    validate = _add_command(
+        commands,
+        'validate',
+        _validate,
+        'evaluate a classifier: top-1, top-5, throughput, and what was published',
+        '. Published networks are evaluated as published: short side 256, bicubic, centre crop 224.',
+        'kw-timm validate imagenet --model kw1x_resnet18 --checkpoint train-kw1x_resnet18/model_best.pth.tar',
+    )
+    add_validate_options(validate)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from .training.command import run_train
+
+    return run_train(options)
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from .training.validate import run_validate
+
+    return run_validate(options)
 
 
 def _inspect(options: argparse.Namespace) -> int:

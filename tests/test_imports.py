@@ -23,7 +23,7 @@ FLOORS = (
     ('kw_timm.models',),
     ('kw_timm',),
     ('kw_timm.pyramid', 'kw_timm.random_weights'),
-    ('kw_timm.benchmark', 'kw_timm.export'),
+    ('kw_timm.benchmark', 'kw_timm.export', 'kw_timm.training'),
     ('kw_timm.inspection',),
     ('kw_timm.cli', 'kw_mmdet', 'kw_hub'),
     ('kw_timm.__main__',),

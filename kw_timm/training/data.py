@@ -1,0 +1,191 @@
+"""Images: timm's data sets and loaders, and a generated set for trying; the same batches whenever an epoch is begun."""
+
+import argparse
+import math
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_loader
+from torch import nn
+
+from .recipes import Recipe
+
+__all__ = ['DataError', 'GeneratedImages', 'batches', 'count_classes', 'loader_for', 'make_dataset', 'seed_all']
+
+
+class DataError(ValueError):
+    """Images could not be read."""
+
+
+class GeneratedImages(torch.utils.data.Dataset):
+    """Ten classes of striped images: the class is direction and colour, everything else is drawn by number.
+
+    Args:
+        count: Number of images.
+        offset: Number of the first; sets that do not overlap have no image in common.
+        size: Height and width in pixels.
+    """
+
+    classes = 10
+
+    def __init__(self, count: int, offset: int = 0, size: int = 64) -> None:
+        self.count, self.offset, self.size = count, offset, size
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        draw = np.random.default_rng(self.offset + index)
+        target = (self.offset + index) % self.classes
+        y, x = np.mgrid[: self.size, : self.size] / self.size
+        angle = math.pi * (target % 5) / 5 + draw.normal(0, 0.06)
+        waves = np.sin(2 * math.pi * (draw.uniform(3, 6) * (x * math.cos(angle) + y * math.sin(angle)) + draw.random()))
+        weights = np.array([1.0, 0.5, 0.1] if target < 5 else [0.1, 0.5, 1.0])
+        noisy = 0.5 + 0.35 * waves[..., None] * weights + draw.normal(0, 0.1, (self.size, self.size, 3))
+        image = Image.fromarray((255 * noisy.clip(0, 1)).astype(np.uint8))
+        return (image if self.transform is None else self.transform(image)), target
+
+
+def make_dataset(settings: argparse.Namespace, training: bool) -> Any:
+    """Return timm's data set for DATA, or a generated one without.
+
+    Raises:
+        DataError: If there is no such data.
+    """
+    if not settings.data_dir and not settings.dataset:
+        count = settings.generated
+        return GeneratedImages(count) if training else GeneratedImages(max(count // 4, 1), offset=count)
+    split = settings.train_split if training else settings.val_split
+    if not settings.dataset and settings.data_dir and Path(settings.data_dir).is_dir():
+        _check_folder(Path(settings.data_dir), split, training)
+    try:
+        dataset = create_dataset(
+            settings.dataset,
+            root=settings.data_dir,
+            split=split,
+            is_training=training,
+            class_map=settings.class_map,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
+        if not isinstance(dataset, torch.utils.data.IterableDataset) and not len(dataset):
+            raise ValueError('it has no images')
+    except (AssertionError, ValueError, RuntimeError, OSError, ImportError) as error:
+        where = ' '.join(filter(None, (settings.dataset, settings.data_dir)))
+        why = ' '.join(str(error).split()) or 'there is no such file or folder'
+        raise DataError(
+            f"The data '{where}' (split {split}) cannot be read: {why:.300}. Give a folder of 'train' and 'validation' "
+            f"with a folder of images for each class, a .tar, or say what it is with --dataset."
+        ) from error
+    return dataset
+
+
+def _check_folder(folder: Path, split: str, training: bool) -> None:
+    """Raise DataError if a folder has no part for training, or evaluation, where timm would take all of it."""
+    names = (split, *(('train', 'training') if training else ('val', 'valid', 'validation', 'eval', 'evaluation')))
+    if not any((folder / name).is_dir() for name in names):
+        raise DataError(
+            f"The data '{folder}' has no folder '{split}'. Put the images into 'train' and 'validation', each with a "
+            f'folder for each class.'
+        )
+
+
+def count_classes(dataset: Any) -> int | None:
+    """Return how many classes a data set has, if it says so."""
+    if isinstance(dataset, GeneratedImages):
+        return dataset.classes
+    by_name = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+    found = getattr(dataset, 'classes', None) or by_name
+    return len(found) if found else None
+
+
+def loader_for(
+    dataset: Any, data: dict[str, Any], settings: argparse.Namespace, recipe: Recipe | None, device: torch.device
+) -> Any:
+    """Return timm's loader: of a recipe for training, without one for evaluation.
+
+    Workers live for one epoch, so that each begins as the seed of the epoch says.
+    """
+    shared: dict[str, Any] = dict(
+        input_size=data['input_size'],
+        mean=data['mean'],
+        std=data['std'],
+        num_workers=settings.workers,
+        distributed=torch.distributed.is_initialized(),
+        pin_memory=device.type == 'cuda',
+        device=device,
+        img_dtype=getattr(torch, settings.model_dtype),
+        persistent_workers=False,
+        class_weights=None,
+    )
+    del shared['class_weights']
+    if recipe is None:
+        size = settings.validation_batch_size or settings.batch_size
+        return create_loader(
+            dataset,
+            batch_size=size,
+            interpolation=settings.interpolation or data['interpolation'],
+            crop_pct=settings.crop_pct or data['crop_pct'],
+            **shared,
+        )
+    return create_loader(
+        dataset,
+        batch_size=settings.batch_size,
+        is_training=True,
+        no_aug=settings.no_aug,
+        re_prob=recipe.reprob,
+        re_mode=recipe.remode,
+        re_count=recipe.recount,
+        hflip=recipe.hflip,
+        color_jitter=recipe.color_jitter or None,
+        auto_augment=recipe.aa or None,
+        interpolation=recipe.train_interpolation,
+        crop_pct=settings.crop_pct or data['crop_pct'],
+        **shared,
+    )
+
+
+def batches(loader: Iterable[Any]) -> Iterator[Any]:
+    """Yield a loader's batches.
+
+    Raises:
+        DataError: If a worker died, or too many images in a row cannot be read (timm leaves single ones out, and says
+            which).
+    """
+    reading = iter(loader)
+    while True:
+        try:
+            batch = next(reading)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, ValueError) as error:
+            first = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+            raise DataError(
+                f'The images can no longer be read: {first.strip():.300}. Look after the data (or, if a worker was '
+                f'killed, give fewer --workers or more shared memory).'
+            ) from error
+        yield batch
+
+
+def seed_all(seed: int, epoch: int, rank: int) -> None:
+    """Let everything that is drawn in an epoch follow from three numbers."""
+    number = int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1)[0])
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
+
+
+def uniform_drop_path(model: nn.Module, rate: float) -> None:
+    """Give every block of a static ResNet the same drop path, as in the recipes; timm's grows with depth."""
+    from timm.layers import DropPath
+    from timm.models.resnet import BasicBlock, Bottleneck
+
+    for block in model.modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            block.drop_path = DropPath(rate) if rate > 0 else None

@@ -1,0 +1,73 @@
+"""A run's state: what a checkpoint holds, so that resuming gives what never stopping gives."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..files import new_file
+
+__all__ = ['BEST', 'LAST', 'load', 'random_state', 'restore_random_state', 'save']
+
+LAST = 'last.pth.tar'
+BEST = 'model_best.pth.tar'
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of all generators of this process, as what may be loaded without unpickling."""
+    kind, keys, *rest = np.random.get_state()  # type: ignore[misc]
+    state: dict[str, Any] = dict(
+        torch=torch.get_rng_state(),
+        python=random.getstate(),
+        numpy=(str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+    )
+    if torch.cuda.is_available():
+        state['cuda'] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Continue from :func:`random_state`."""
+    torch.set_rng_state(state['torch'])
+    version, numbers, gauss = state['python']
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = state['numpy']
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    if 'cuda' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'])
+
+
+def save(state: dict[str, Any], *files: Path) -> None:
+    """Write a checkpoint to each file; one that is there stays whole until the new one is.
+
+    Raises:
+        OSError: If there is no room.
+    """
+    for file in files:
+        with new_file(file) as filling:
+            try:
+                torch.save(state, filling)
+            except RuntimeError as error:  # torch's writer, of a full disk.
+                raise OSError(f"'{file}' could not be written: {' '.join(str(error).split()):.200}") from error
+
+
+def load(file: Path) -> dict[str, Any]:
+    """Read a checkpoint of a run.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not file.is_file():
+        raise ValueError(f"There is no checkpoint '{file}' to resume from; leave --resume out to begin.")
+    try:
+        state: dict[str, Any] = torch.load(file, map_location='cpu', weights_only=True)
+        if 'run' not in state:
+            raise ValueError('it holds weights, but no run')
+    except Exception as error:
+        raise ValueError(
+            f"'{file}' is no checkpoint of kw-timm train: {' '.join(str(error).split()):.200}. Resume from a "
+            f'{LAST}, or begin with its weights: --initial-checkpoint.'
+        ) from error
+    return state
