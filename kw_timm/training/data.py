@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
+from timm.data.auto_augment import posterize
 from torch import nn
 
 from .recipes import Recipe
 
-__all__ = ['DataError', 'GeneratedImages', 'batches', 'count_classes', 'loader_for', 'make_dataset', 'seed_all']
+__all__ = ['DataError', 'GeneratedImages', 'batches', 'count_classes', 'loader_for', 'make_dataset', 'uniform_drop_path']
 
 
 class DataError(ValueError):
@@ -122,9 +122,7 @@ def loader_for(
         device=device,
         img_dtype=getattr(torch, settings.model_dtype),
         persistent_workers=False,
-        class_weights=None,
     )
-    del shared['class_weights']
     if recipe is None:
         size = settings.validation_batch_size or settings.batch_size
         return create_loader(
@@ -134,7 +132,7 @@ def loader_for(
             crop_pct=settings.crop_pct or data['crop_pct'],
             **shared,
         )
-    return create_loader(
+    loader = create_loader(
         dataset,
         batch_size=settings.batch_size,
         is_training=True,
@@ -149,6 +147,16 @@ def loader_for(
         crop_pct=settings.crop_pct or data['crop_pct'],
         **shared,
     )
+    for step in getattr(dataset.transform, 'transforms', ()):
+        for operation in getattr(step, 'ops', ()):
+            if getattr(operation, 'aug_fn', None) is posterize:
+                operation.aug_fn = _posterize
+    return loader
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """Keep so many bits of every channel; at 0, which timm's policies ask for, Pillow from 13 on refuses."""
+    return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def batches(loader: Iterable[Any]) -> Iterator[Any]:
@@ -171,14 +179,6 @@ def batches(loader: Iterable[Any]) -> Iterator[Any]:
                 f'killed, give fewer --workers or more shared memory).'
             ) from error
         yield batch
-
-
-def seed_all(seed: int, epoch: int, rank: int) -> None:
-    """Let everything that is drawn in an epoch follow from three numbers."""
-    number = int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1)[0])
-    torch.manual_seed(number)
-    np.random.seed(number)
-    random.seed(number)
 
 
 def uniform_drop_path(model: nn.Module, rate: float) -> None:

@@ -19,7 +19,7 @@ from timm.utils import NativeScaler, dispatch_clip_grad
 
 from .. import anneal, get_temperature
 from . import state as states
-from .data import DataError, batches, count_classes, loader_for, make_dataset, seed_all
+from .data import DataError, batches, count_classes, loader_for, make_dataset
 from .evaluate import evaluate
 from .logs import Logs
 from .network import attentions, data_config, network_of
@@ -75,7 +75,7 @@ class Training:
         self, recipe: Recipe, settings: argparse.Namespace, device: torch.device, rank: int = 0, world: int = 1
     ) -> None:
         self.recipe, self.settings, self.device, self.rank, self.world = recipe, settings, device, rank, world
-        seed_all(settings.seed, 0, rank)
+        states.seed_all(settings.seed, 0, rank)
         dataset, held_out = make_dataset(settings, True), make_dataset(settings, False)
         network = network_of(recipe, settings, count_classes(dataset)).to(device)
         self.network: Any = network
@@ -185,7 +185,7 @@ class Training:
         begun = at.batch  # More than 0 after an interruption within the epoch.
         if begun == 0:
             at.loss = 0.0
-            seed_all(self.settings.seed, at.epoch + 1, self.rank)
+            states.seed_all(self.settings.seed, at.epoch + 1, self.rank)
         for part in (self.loader.sampler, self.loader.dataset):
             if hasattr(part, 'set_epoch'):
                 part.seed = self.settings.seed
@@ -193,8 +193,7 @@ class Training:
         self.network.train()
         for attention in attentions(self.network) if self.settings.attention == 'frozen' else ():
             attention.eval()
-        reading = batches(self.loader) if begun == 0 else self._again(begun)
-        for number, (images, target) in enumerate(reading, begun):
+        for number, (images, target) in enumerate(self._reading(begun), begun):
             size = min(group, self.batches - number // group * group)
             is_last = (number + 1) % group == 0 or number + 1 == self.batches
             self._batch(images, target, size, is_last)
@@ -202,16 +201,18 @@ class Training:
             if is_last:
                 self._step_is_done()
 
-    def _again(self, begun: int) -> Iterator[Any]:
-        """Read what was read of the epoch, so that its rest is as it would have been."""
-        restored = self._random
-        seed_all(self.settings.seed, self.at.epoch + 1, self.rank)
-        self.logs.say(f'reading {begun} of {self.batches} batches again')
-        reading = batches(self.loader)
-        for _ in range(begun):
-            next(reading)
-        states.restore_random_state(restored)
-        return reading
+    def _reading(self, begun: int) -> Iterator[Any]:
+        """Yield the batches of the epoch; those begun with are read again, so that the rest is as it would have been."""
+        stream, reading = states.Stream(self.settings.seed, self.at.epoch + 1, self.rank, 1), batches(self.loader)
+        if begun:
+            self.logs.say(f'reading {begun} of {self.batches} batches again')
+        for number in range(self.batches):
+            with stream.drawing():
+                batch = next(reading)
+            if number == begun - 1:
+                states.restore_random_state(self._random)
+            if number >= begun:
+                yield batch
 
     def _batch(self, images: torch.Tensor, target: torch.Tensor, size: int, is_last: bool) -> None:
         if self.mixup is not None:

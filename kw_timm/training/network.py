@@ -40,7 +40,7 @@ def network_of(recipe: Recipe, settings: argparse.Namespace, classes: int | None
         kwargs['pretrained_static'] = settings.pretrained_static
     elif settings.pretrained_static:
         raise ValueError(f'--pretrained-static starts a KW network from a static one; for {name} write --pretrained.')
-    network = create_network(name, pretrained=settings.pretrained, **kwargs)
+    network = create_network(name, pretrained=settings.pretrained, **kwargs).to(getattr(torch, settings.model_dtype))
     if not is_kw:
         uniform_drop_path(network, kwargs.get('drop_path_rate', 0.0))
     if settings.initial_checkpoint:
@@ -50,7 +50,7 @@ def network_of(recipe: Recipe, settings: argparse.Namespace, classes: int | None
             attention.requires_grad_(False)
     if settings.grad_checkpointing:
         network.set_grad_checkpointing(True)  # type: ignore[operator]
-    return network.to(getattr(torch, settings.model_dtype))
+    return network
 
 
 def attentions(network: nn.Module, frozen: bool = False) -> list[nn.Module]:

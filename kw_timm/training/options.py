@@ -69,7 +69,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the network')
     add('--grad-checkpointing', **flag, help='keep less for the gradient and compute it again')
     add('--sync-bn', **flag, help='BatchNorms over all processes; on GPUs')
-    add('--no-aug', **flag, help='train on centre crops')
+    add('--no-aug', action='store_true', default=None, help='train on centre crops')
     add('--seed', type=int, metavar='N', help='(42)')
     add('--output', type=Path, metavar='DIR', help='where everything goes (train-MODEL)')
     add('--resume', nargs='?', const=Path(), type=Path, metavar='FILE', help="go on from a checkpoint (the output's last)")
@@ -132,11 +132,19 @@ def read_config(file: Path) -> dict[str, Any]:
         wrong = f"The config '{file}' sets {key} to {value!r}, expected a {kinds.get(name, str).__name__}."
         if name in kinds and value is not None and not isinstance(value, bool) == (kinds[name] is bool):
             raise ValueError(wrong)
-        try:  # YAML reads 1e-3 as text.
-            read[name] = kinds[name](value) if name in kinds and value is not None else value
+        try:
+            read[name] = kinds[name](value) if name in kinds and value is not None else _number(value)
         except (TypeError, ValueError) as error:
             raise ValueError(wrong) from error
     return read
+
+
+def _number(value: Any) -> Any:
+    """Return a number for 1e-3, which YAML reads as text, and anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def resolve(options: argparse.Namespace) -> tuple[Recipe, argparse.Namespace]:

@@ -1,6 +1,8 @@
 """A run's state: what a checkpoint holds, so that resuming gives what never stopping gives."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,46 @@ import torch
 
 from ..files import new_file
 
-__all__ = ['BEST', 'LAST', 'load', 'random_state', 'restore_random_state', 'save']
+__all__ = ['BEST', 'LAST', 'Stream', 'load', 'random_state', 'restore_random_state', 'save', 'seed_all']
 
 LAST = 'last.pth.tar'
 BEST = 'model_best.pth.tar'
+
+
+def seed_all(*numbers: int) -> None:
+    """Let everything that is drawn follow from some numbers."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+class Stream:
+    """Random numbers apart from all others: those by which images are drawn, whatever is drawn between them.
+
+    Args:
+        *numbers: What they follow from.
+    """
+
+    def __init__(self, *numbers: int) -> None:
+        with self._put_back():
+            seed_all(*numbers)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Draw from this stream."""
+        with self._put_back():
+            restore_random_state(self.state)
+            yield
+
+    @contextmanager
+    def _put_back(self) -> Iterator[None]:
+        before = random_state()
+        try:
+            yield
+        finally:
+            self.state = random_state()
+            restore_random_state(before)
 
 
 def random_state() -> dict[str, Any]:

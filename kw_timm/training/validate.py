@@ -37,7 +37,7 @@ def run_validate(options: argparse.Namespace) -> int:
     if options.all and options.checkpoint:
         raise ValueError('--checkpoint goes with one --model, not with --all.')
     given = {key: value for key, value in vars(options).items() if value is not None}
-    settings = argparse.Namespace(**{**DEFAULTS, 'data_dir': None, **given, 'model_dtype': options.precision})
+    settings = argparse.Namespace(**{**DEFAULTS, 'data_dir': None, 'checkpoint': None, **given, 'model_dtype': options.precision})
     dataset = make_dataset(settings, training=False)
     names = timm.list_models('kw*', pretrained=True, include_tags=False) if options.all else [options.model]
     names.sort(key=lambda name: list(PUBLISHED).index(name) if name in PUBLISHED else len(PUBLISHED))
