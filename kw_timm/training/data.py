@@ -15,7 +15,15 @@ from torch import nn
 
 from .recipes import Recipe
 
-__all__ = ['DataError', 'GeneratedImages', 'batches', 'count_classes', 'loader_for', 'make_dataset', 'uniform_drop_path']
+__all__ = [
+    'DataError',
+    'GeneratedImages',
+    'batches',
+    'count_classes',
+    'loader_for',
+    'make_dataset',
+    'uniform_drop_path',
+]
 
 
 class DataError(ValueError):
@@ -81,7 +89,7 @@ def make_dataset(settings: argparse.Namespace, training: bool) -> Any:
         why = ' '.join(str(error).split()) or 'there is no such file or folder'
         raise DataError(
             f"The data '{where}' (split {split}) cannot be read: {why:.300}. Give a folder of 'train' and 'validation' "
-            f"with a folder of images for each class, a .tar, or say what it is with --dataset."
+            f'with a folder of images for each class, a .tar, or say what it is with --dataset.'
         ) from error
     return dataset
 

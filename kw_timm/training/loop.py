@@ -77,11 +77,13 @@ class Training:
         self.recipe, self.settings, self.device, self.rank, self.world = recipe, settings, device, rank, world
         states.seed_all(settings.seed, 0, rank)
         dataset, held_out = make_dataset(settings, True), make_dataset(settings, False)
-        network = network_of(recipe, settings, count_classes(dataset)).to(device)
-        self.network: Any = network
         classes = count_classes(dataset)
+        network: Any = network_of(recipe, settings, classes).to(device)
+        self.network: Any = network
         if classes and classes > self.network.num_classes:
-            raise ValueError(f'The data has {classes} classes, the network {self.network.num_classes}; give --num-classes.')
+            raise ValueError(
+                f'The data has {classes} classes, the network {self.network.num_classes}; give --num-classes.'
+            )
         config = data_config(network, settings, published=True)
         self.loader = loader_for(dataset, config, settings, recipe, device)
         self.held_out = loader_for(held_out, config, settings, None, device)
@@ -107,8 +109,8 @@ class Training:
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             sched='cosine',
-            num_epochs=recipe.epochs - recipe.warmup_epochs,  # type: ignore[arg-type]
-            warmup_epochs=recipe.warmup_epochs,  # type: ignore[arg-type]
+            num_epochs=recipe.epochs - recipe.warmup_epochs,
+            warmup_epochs=recipe.warmup_epochs,
             warmup_prefix=True,
             warmup_lr=recipe.warmup_lr,
             min_lr=recipe.min_lr,
@@ -122,6 +124,8 @@ class Training:
         self.scaler: Any = NativeScaler(device=device.type) if amp and settings.amp_dtype == 'float16' else None
         self.layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.at, self.logs = Progress(), Logs(None, 0, 0, 0)
+        self._loss = torch.zeros((), device=device)  # Of the epoch, without waiting for the device.
+        self._random: dict[str, Any] = {}  # When the checkpoint was made that the run goes on from.
         self.asked = self.stop = False  # By a signal to this process; of any process, as all know.
 
     def _mixup(self) -> Mixup | None:
@@ -202,7 +206,7 @@ class Training:
                 self._step_is_done()
 
     def _reading(self, begun: int) -> Iterator[Any]:
-        """Yield the batches of the epoch; those begun with are read again, so that the rest is as it would have been."""
+        """Yield the batches of the epoch; those that were done are read again, so that the rest is as it would be."""
         stream, reading = states.Stream(self.settings.seed, self.at.epoch + 1, self.rank, 1), batches(self.loader)
         if begun:
             self.logs.say(f'reading {begun} of {self.batches} batches again')
@@ -274,9 +278,8 @@ class Training:
         rates = dict(lr=self.optimizer.param_groups[0]['lr'])
         if self.is_kw:
             rates['temperature'] = get_temperature(self.network)
-        found = evaluate(
-            self.task.get_eval_model(ema=ema), self.held_out, self.device, self.autocast, self.layout
-        )
+        found = evaluate(self.task.get_eval_model(ema=ema), self.held_out, self.device, self.autocast, self.layout)
+        found = {key: found[key] for key in ('loss', 'top1', 'top5')}
         self.logs.epoch(at.epoch, at.step, dict(loss=at.loss / self.batches, **rates), found)
         is_best = found['top1'] > at.best
         if is_best:

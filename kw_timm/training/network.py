@@ -77,7 +77,9 @@ def load_start(network: Any, file: Path, whole: bool = False) -> None:
         is_kw = isinstance(network, KWNetwork)
         weights = checkpoint_filter_fn(found, network) if is_kw else unwrap_weights(found, network)
         own = without_passes(network.state_dict())
-        if not whole and any(key.startswith(CLASSIFIERS) and own[key].shape != weights[key].shape for key in own.keys() & weights):
+        if not whole and any(
+            key.startswith(CLASSIFIERS) and own[key].shape != weights[key].shape for key in own.keys() & weights
+        ):
             weights = {key: value for key, value in weights.items() if not key.startswith(CLASSIFIERS)}
         missing = [key for key in own if key not in weights and (whole or not key.startswith(CLASSIFIERS))]
         if missing:

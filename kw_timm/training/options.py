@@ -72,10 +72,19 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add('--no-aug', action='store_true', default=None, help='train on centre crops')
     add('--seed', type=int, metavar='N', help='(42)')
     add('--output', type=Path, metavar='DIR', help='where everything goes (train-MODEL)')
-    add('--resume', nargs='?', const=Path(), type=Path, metavar='FILE', help="go on from a checkpoint (the output's last)")
+    add(
+        '--resume',
+        nargs='?',
+        const=Path(),
+        type=Path,
+        metavar='FILE',
+        help="go on from a checkpoint (the output's last)",
+    )
     add('--recovery-interval', type=int, metavar='N', help='save within epochs, too, every N steps (0, never)')
     add('--log-interval', type=int, metavar='N', help='steps between two looks at the loss on a GPU (50)')
-    group = parser.add_argument_group('recipe', 'By default that of the published network; see kw_timm.training.Recipe.')
+    group = parser.add_argument_group(
+        'recipe', 'By default that of the published network; see kw_timm.training.Recipe.'
+    )
     for name, kind in _kinds().items():
         if kind is bool:
             group.add_argument(_flag(name), **flag)

@@ -55,7 +55,7 @@ class Stream:
 
 def random_state() -> dict[str, Any]:
     """Return the state of all generators of this process, as what may be loaded without unpickling."""
-    kind, keys, *rest = np.random.get_state()  # type: ignore[misc]
+    kind, keys, *rest = np.random.get_state()
     state: dict[str, Any] = dict(
         torch=torch.get_rng_state(),
         python=random.getstate(),

@@ -37,7 +37,9 @@ def run_validate(options: argparse.Namespace) -> int:
     if options.all and options.checkpoint:
         raise ValueError('--checkpoint goes with one --model, not with --all.')
     given = {key: value for key, value in vars(options).items() if value is not None}
-    settings = argparse.Namespace(**{**DEFAULTS, 'data_dir': None, 'checkpoint': None, **given, 'model_dtype': options.precision})
+    settings = argparse.Namespace(
+        **{**DEFAULTS, 'data_dir': None, 'checkpoint': None, **given, 'model_dtype': options.precision}
+    )
     dataset = make_dataset(settings, training=False)
     names = timm.list_models('kw*', pretrained=True, include_tags=False) if options.all else [options.model]
     names.sort(key=lambda name: list(PUBLISHED).index(name) if name in PUBLISHED else len(PUBLISHED))
@@ -94,6 +96,9 @@ def table(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
         lines.append((*cells, f'{found["images"]:.0f}', f'{found["images_per_s"]:.1f}'))  # type: ignore[arg-type]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return '\n'.join(
-        '  '.join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths)))
+        '  '.join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     )
