@@ -172,6 +172,20 @@ def test_temperature_hook_follows_the_schedule():
         TemperatureHook(epochs=0)
 
 
+def test_a_backbone_that_anneals_by_itself_needs_no_hook(tmp_path):
+    backbone = KWBackbone('kw1d2x_mobilenetv2_050', temperature_steps=4).train()
+    for expected in (0.75, 0.5):
+        backbone(torch.randn(2, 3, 64, 64))
+        assert kw_timm.get_temperature(backbone) == expected
+    runner = SimpleNamespace(model=backbone, data_loader=range(5), train_dataloader=range(5), iter=0)
+    with pytest.raises(ValueError, match='anneals its temperature by itself.*TemperatureHook'):
+        TemperatureHook(epochs=2).before_train_iter(runner)
+    plain = KWBackbone('kw1d2x_mobilenetv2_050')
+    plain.load_state_dict(backbone.state_dict())
+    backbone.load_state_dict(plain.state_dict())
+    assert kw_timm.get_temperature(backbone) == 0.5
+
+
 def test_framework_checkpoint_holds_weights_alone(tmp_path):
     backbone = KWBackbone('kw1x_resnet18')
     save(backbone, tmp_path / 'checkpoint.pth')

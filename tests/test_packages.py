@@ -13,6 +13,7 @@ from networks import network
 from torch import nn
 
 import kw_timm
+from kw_timm.layers.annealing import without_passes
 
 pytestmark = pytest.mark.packages
 
@@ -43,13 +44,16 @@ def model() -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(NAME, num_classes=CLASSES, drop_rate=0.0, drop_path_rate=0.0)
     model.load_state_dict({k: v for k, v in network(NAME).state_dict().items() if 'classifier' not in k}, strict=False)
+    kw_timm.anneal(model, 8)  # By itself, whatever calls it.
     return model.train()
 
 
 @pytest.fixture
 def expected(model) -> dict[str, torch.Tensor]:
-    """The weights after one step of plain SGD on the whole batch."""
+    """The weights after one step of plain SGD on the whole batch, of a temperature that is given."""
     plain, data = copy.deepcopy(model), Data()
+    kw_timm.anneal(plain, None)
+    kw_timm.set_temperature(plain, 1 - 1 / 8)
     optimizer = torch.optim.SGD(plain.parameters(), lr=RATE)
     nn.functional.cross_entropy(plain(data.images), data.labels).backward()
     optimizer.step()
@@ -57,7 +61,7 @@ def expected(model) -> dict[str, torch.Tensor]:
 
 
 def assert_learned(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
-    found = model.state_dict()
+    found = without_passes(model.state_dict())
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f'{key}: {text}')
@@ -86,6 +90,7 @@ def test_lightning(model, expected, tmp_path):
     )
     trainer.fit(Classifier(), loader())
     assert_learned(model, expected)
+    assert model.warehouses.training_passes == 1
     (checkpoint,) = tmp_path.rglob('*.ckpt')
     again = timm.create_model(NAME, num_classes=CLASSES)
     kw_timm.load_checkpoint(again, checkpoint)
@@ -102,6 +107,7 @@ def test_accelerate(model, expected, tmp_path):
             accelerator.backward(nn.functional.cross_entropy(prepared(images), labels))
             optimizer.step()
     assert_learned(accelerator.unwrap_model(prepared), expected)
+    assert model.warehouses.training_passes == 1
     accelerator.save_model(prepared, tmp_path / 'model', max_shard_size='2MB')
     assert len(list((tmp_path / 'model').glob('*.safetensors'))) > 1
     again = timm.create_model(NAME, num_classes=CLASSES)
@@ -110,7 +116,9 @@ def test_accelerate(model, expected, tmp_path):
     accelerator.save_state(tmp_path / 'state')
     with torch.no_grad():
         model.conv_stem.attention.fc1.weight.zero_()
+        model.warehouses.training_passes.zero_()
     accelerator.load_state(tmp_path / 'state')
+    assert model.warehouses.training_passes == 1
     assert_learned(accelerator.unwrap_model(prepared), expected)
 
 
@@ -149,6 +157,7 @@ def test_transformers_trainer(model, expected, tmp_path):
     trainer = InOrder(ForTrainer(model), args, train_dataset=Data(as_dict=True))
     trainer.train()
     assert_learned(model, expected)
+    assert model.warehouses.training_passes == 1
     trainer.save_model(str(tmp_path / 'saved'))
     again = timm.create_model(NAME, num_classes=CLASSES)
     kw_timm.load_checkpoint(again, tmp_path / 'saved')

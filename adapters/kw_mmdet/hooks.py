@@ -21,6 +21,9 @@ class TemperatureHook(Hook):
     are used. When training begins the hook therefore moves behind all others, and one that ends the steps goes right
     behind those that take them; no ``priority`` needs to be given.
 
+    A backbone that anneals by itself (``temperature_steps``) needs no hook; with both, the first step raises
+    ``ValueError``.
+
     Args:
         epochs: Epochs until the temperature is 0.
 
