@@ -68,8 +68,8 @@ def anneal(model: nn.Module, steps: float | None) -> None:
     checkpointing. On a CPU nothing is left of it once the temperature is 0; on a device, where reading the count would
     wait, and in a compiled graph layers go on blending with 0, which ``anneal(model, None)`` ends.
 
-    Call it before copies are made (EMA; a copy counts by itself and computes at 0 in evaluation) and before wrapping
-    (DDP, ``torch.compile``). It excludes other ways of setting the temperature: :class:`TemperatureSchedule`,
+    Begin and end it before copies are made (EMA; a copy counts by itself and computes at 0 in evaluation) and before
+    wrapping (DDP, ``torch.compile``). It excludes other ways of setting the temperature: :class:`TemperatureSchedule`,
     MMDetection's ``TemperatureHook`` and :func:`set_temperature` raise ``ValueError`` for such a network.
 
     Args:

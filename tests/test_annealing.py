@@ -159,6 +159,7 @@ def test_published_weights_have_no_count(tmp_path, monkeypatch):
     assert not any('training_passes' in name for name in names)
 
 
+@pytest.mark.slow
 def test_static_weights_start_a_network_that_anneals():
     counting, plain = (timm.create_model(TINY, temperature_steps=steps) for steps in (4, None))
     static = timm.create_model('mobilenetv2_050').state_dict()
@@ -192,6 +193,7 @@ def test_what_is_computed_again_is_no_pass(reentrant, whole):
         torch.testing.assert_close(value.grad, expected.grad, rtol=1e-12, atol=0, msg=key)
 
 
+@pytest.mark.slow
 def test_checkpointing_of_a_network():
     nets = [network(TINY).train().double() for _ in range(2)]
     for net in nets:
@@ -221,13 +223,10 @@ def test_compiled_without_breaks_or_compiling_again():
     assert net.warehouses.training_passes == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('backend', 'checkpointing'),
-    [
-        ('aot_eager', True),
-        pytest.param('aot_eager', False, marks=pytest.mark.slow),
-        pytest.param('inductor', True, marks=pytest.mark.slow),
-    ],
+    [('aot_eager', True), ('aot_eager', False), ('inductor', True)],
 )
 def test_a_compiled_network_learns_as_a_plain_one(backend, checkpointing):
     torch._dynamo.reset()

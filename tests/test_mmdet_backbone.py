@@ -178,7 +178,7 @@ def test_a_backbone_that_anneals_by_itself_needs_no_hook(tmp_path):
         backbone(torch.randn(2, 3, 64, 64))
         assert kw_timm.get_temperature(backbone) == expected
     runner = SimpleNamespace(model=backbone, data_loader=range(5), train_dataloader=range(5), iter=0)
-    with pytest.raises(ValueError, match='anneals its temperature by itself.*TemperatureHook'):
+    with pytest.raises(ValueError, match=r'anneals its temperature by itself.*TemperatureHook'):
         TemperatureHook(epochs=2).before_train_iter(runner)
     plain = KWBackbone('kw1d2x_mobilenetv2_050')
     plain.load_state_dict(backbone.state_dict())

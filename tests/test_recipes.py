@@ -32,15 +32,15 @@ def resolved(*options: str):
     return resolve(parser.parse_args(options))
 
 
-@pytest.fixture(params=sorted(RECIPES))
+@pytest.fixture(scope='module', params=sorted(RECIPES))
 def name(request) -> str:
     return request.param
 
 
-@pytest.fixture
-def training(name, tmp_path) -> Training:
+@pytest.fixture(scope='module')
+def training(name) -> Training:
     """A run by a network's recipe, two batches of four an epoch; of a small network, the recipe does not ask which."""
-    options = (*NETWORK, *EXACT, '--recipe', name, '--batch-size', '4', '--generated', '8', '--output', str(tmp_path))
+    options = (*NETWORK, *EXACT, '--recipe', name, '--batch-size', '4', '--generated', '8', '--output', 'nowhere')
     return Training(*resolved(*options), torch.device('cpu'))
 
 
@@ -120,6 +120,13 @@ def test_augmentation(name, training):
         assert training.task.criterion.label_smoothing == 0
 
 
+# One of each kind; the others take seconds.
+QUICK = ('resnet50', 'convnext_tiny', 'mobilenetv2_050', 'kw1d4x_resnet18', 'kw1x_resnet18')
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(RECIPES)]
+)
 def test_networks(name):
     """Drop path and dropout of the networks themselves, how they begin, and what they are evaluated on."""
     recipe, settings = resolved('--model', name)

@@ -70,12 +70,11 @@ def make_dataset(settings: argparse.Namespace, training: bool) -> Any:
         count = settings.generated
         return GeneratedImages(count) if training else GeneratedImages(max(count // 4, 1), offset=count)
     split = settings.train_split if training else settings.val_split
-    if not settings.dataset and settings.data_dir and Path(settings.data_dir).is_dir():
-        _check_folder(Path(settings.data_dir), split, training)
+    root = settings.data_dir if settings.dataset else _part(Path(settings.data_dir), split, training)
     try:
         dataset = create_dataset(
             settings.dataset,
-            root=settings.data_dir,
+            root=root,
             split=split,
             is_training=training,
             class_map=settings.class_map,
@@ -89,26 +88,31 @@ def make_dataset(settings: argparse.Namespace, training: bool) -> Any:
         why = ' '.join(str(error).split()) or 'there is no such file or folder'
         raise DataError(
             f"The data '{where}' (split {split}) cannot be read: {why:.300}. Give a folder of 'train' and 'validation' "
-            f'with a folder of images for each class, a .tar, or say what it is with --dataset.'
+            f'with a folder of images for each class (or .tar), or say what it is with --dataset.'
         ) from error
     return dataset
 
 
-def _check_folder(folder: Path, split: str, training: bool) -> None:
-    """Raise DataError if a folder has no part for training, or evaluation, where timm would take all of it."""
+def _part(data: Path, split: str, training: bool) -> str:
+    """Return the part of a folder, a folder or a .tar, that is for training or evaluation; timm would take all."""
     names = (split, *(('train', 'training') if training else ('val', 'valid', 'validation', 'eval', 'evaluation')))
-    if not any((folder / name).is_dir() for name in names):
+    found = [part for name in names for part in (data / name, data / f'{name}.tar') if part.exists()]
+    if data.is_dir() and found:
+        return str(found[0])
+    if data.is_dir() or (data.is_file() and training):
         raise DataError(
-            f"The data '{folder}' has no folder '{split}'. Put the images into 'train' and 'validation', each with a "
-            f'folder for each class.'
+            f"The data '{data}' must be a folder with '{split}' in it. Put the images into 'train' and 'validation', "
+            f"each with a folder for each class, or into 'train.tar' and 'validation.tar'."
         )
+    return str(data)
 
 
 def count_classes(dataset: Any) -> int | None:
     """Return how many classes a data set has, if it says so."""
     if isinstance(dataset, GeneratedImages):
         return dataset.classes
-    by_name = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+    reader = getattr(dataset, 'reader', None)
+    by_name = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
     found = getattr(dataset, 'classes', None) or by_name
     return len(found) if found else None
 

@@ -326,7 +326,7 @@ class Training:
 
     def _where(self) -> str:
         file = self.settings.output / states.LAST
-        if self.rank or not file.is_file():
+        if not file.is_file():
             return 'Nothing was saved yet.'
         return f"'{file}' holds what was saved last; go on from there with --resume."
 
