@@ -132,6 +132,42 @@ def _modified(file: Path) -> float:
     return file.stat().st_mtime_ns if file.exists() else 0
 
 
+def two_processes(output: Path, *options: str) -> list[subprocess.Popen]:
+    """Start what torchrun starts."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, '-m', 'kw_timm', 'train', *SHORT, *options, '--output', str(output)]
+    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'WORLD_SIZE': '2'}
+    return [
+        subprocess.Popen(
+            command, env={**env, 'RANK': rank, 'LOCAL_RANK': rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for rank in '01'
+    ]
+
+
+def finish(started: list[subprocess.Popen], code: int = 0) -> list[str]:
+    said = [process.communicate(timeout=280)[0].decode() for process in started]
+    assert [process.returncode for process in started] == [code, code], said
+    return said
+
+
+@pytest.mark.slow
+def test_two_processes_resume(tmp_path):
+    """Asked to stop, of which the other process learns, and started again: as never stopped, dropout and all."""
+    options = ('--drop', '0.2', '--drop-path', '0.1', '--generated', '64', '--batch-size', '4')
+    finish(two_processes(tmp_path / 'whole', *options))
+    started = two_processes(tmp_path / 'run', *options, '--recovery-interval', '1')
+    while not (tmp_path / 'run/last.pth.tar').exists() and started[0].poll() is None:
+        time.sleep(0.02)
+    started[1].send_signal(signal.SIGTERM)
+    assert 'Stopped in epoch' in finish(started, 130)[0]
+    assert 0 < last(tmp_path / 'run')['run']['step'] < 24
+    finish(two_processes(tmp_path / 'run', *options, '--resume'))
+    assert_same_run(last(tmp_path / 'run'), last(tmp_path / 'whole'))
+
+
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     """Two gloo processes take the steps of one with the joined batch, temperature, learning rate and all."""
@@ -150,20 +186,7 @@ def test_two_processes_are_one(tmp_path):
         '6',
     ]
     assert train(tmp_path / 'one', *options, '--batch-size', '16') == 0
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, '-m', 'kw_timm', 'train', *SHORT, *options, '--output', str(tmp_path / 'two')]
-    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'WORLD_SIZE': '2'}
-    started = [
-        subprocess.Popen(
-            command, env={**env, 'RANK': rank, 'LOCAL_RANK': rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for rank in '01'
-    ]
-    for process in started:
-        output, _ = process.communicate(timeout=280)
-        assert process.returncode == 0, output.decode()
+    finish(two_processes(tmp_path / 'two', *options))
     one, two = last(tmp_path / 'one'), last(tmp_path / 'two')
     assert len(two['random']) == 2
     for key, value in one['state_dict'].items():
