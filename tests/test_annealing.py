@@ -3,6 +3,7 @@
 import copy
 import io
 
+import drive_engines
 import pytest
 import timm
 import torch
@@ -299,6 +300,35 @@ def test_features_and_derived_networks(make):
         net(images())
         assert get_temperature(net) == expected
     assert get_temperature(net.eval()) == 0
+
+
+def test_networks_of_the_meta_device():
+    weights = timm.create_model(TINY).state_dict()
+    for how in ('assigned', 'emptied'):
+        with torch.device('meta'):
+            net = timm.create_model(TINY, temperature_steps=4).train()
+        if how == 'emptied':
+            net.to_empty(device='cpu')
+        net.load_state_dict(weights, assign=how == 'assigned')
+        net(images())
+        assert get_temperature(net) == 0.75
+
+
+@pytest.mark.slow
+def test_sharded():
+    net, plain = (network(TINY).train() for _ in range(2))
+    for each in (net, plain):
+        anneal(each, 4)
+    with drive_engines.one_process():
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(net, mesh=drive_engines.init_device_mesh('cpu', (1,)))
+        for each in (net, plain):
+            torch.manual_seed(0)  # Of its dropout.
+            each(images()).square().mean().backward()
+        assert get_temperature(net) == 0.75
+        key, cells = next(iter(plain.warehouses.named_parameters()))
+        torch.testing.assert_close(net.warehouses.get_parameter(key).grad.full_tensor(), cells.grad)
 
 
 def test_layers_made_by_hand():

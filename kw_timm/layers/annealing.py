@@ -111,7 +111,8 @@ class Annealing:
 
     def _before_loading(self, keeper: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Go on counting where weights come without a count."""
-        state_dict.setdefault(prefix + PASSES, self.passes)
+        passes = self.passes
+        state_dict.setdefault(prefix + PASSES, torch.zeros((), dtype=passes.dtype) if passes.is_meta else passes)
 
 
 def without_passes(state_dict: Mapping[str, Value]) -> dict[str, Value]:

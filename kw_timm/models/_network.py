@@ -73,6 +73,8 @@ class KWNetwork(nn.Module):
         for module in self.modules():
             if isinstance(module, KWAttention):
                 module.init_non_persistent_buffers()
+                if module.annealing is not None:
+                    module.annealing.passes.zero_()
         return self
 
 

@@ -204,6 +204,7 @@ class Training:
             at.batch = number + 1
             if is_last:
                 self._step_is_done()
+        self.optimizer.zero_grad()
 
     def _reading(self, begun: int) -> Iterator[Any]:
         """Yield the batches of the epoch; those that were done are read again, so that the rest is as it would be."""
@@ -212,7 +213,9 @@ class Training:
             self.logs.say(f'reading {begun} of {self.batches} batches again')
         for number in range(self.batches):
             with stream.drawing():
-                batch = next(reading)
+                batch = next(reading, None)
+            if batch is None:  # A stream that is shorter than it says.
+                break
             if number == begun - 1:
                 states.restore_random_state(self._random)
             if number >= begun:
