@@ -56,7 +56,7 @@ def _dense(x: torch.Tensor, kernels: torch.Tensor, spec: ConvSpec) -> torch.Tens
         kernels = kernels.view(-1, channels // groups, kernels.shape[2])
     seen = x
     for axis in reversed(range(len(spec.kernel_size))):
-        seen = torch.cat([_cut(seen, 2 + axis, spec, axis, i) for i in range(spec.kernel_size[axis])], 1)
+        seen = _beside([_cut(seen, 2 + axis, spec, axis, i) for i in range(spec.kernel_size[axis])], 1)
     return (kernels @ seen.flatten(2)).reshape(-1, channels, *_sizes(seen, 2))
 
 
@@ -66,13 +66,17 @@ def _depthwise(x: torch.Tensor, kernels: torch.Tensor, spec: ConvSpec) -> torch.
     width, length = spec.kernel_size[last], math.prod(spec.kernel_size[:last])
     seen = x.unsqueeze(2)
     for axis in reversed(others):
-        seen = torch.cat([_cut(seen, 3 + axis, spec, axis, i) for i in range(spec.kernel_size[axis])], 2)
+        seen = _beside([_cut(seen, 3 + axis, spec, axis, i) for i in range(spec.kernel_size[axis])], 2)
     matrices = kernels.view(-1, spec.groups, multiplier, length, width).permute(0, 1, 4, 2, 3)
     products = matrices.reshape(-1, spec.groups, width * multiplier, length) @ seen.flatten(3)
     products = products.reshape(-1, spec.groups, width * multiplier, *_sizes(seen, 3))
     parts = [_cut(part, 3 + last, spec, last, i) for i, part in enumerate(products.split(multiplier, 2))]
     y = sum(parts[1:], parts[0])
     return y.squeeze(2) if multiplier == 1 else y.flatten(1, 2)
+
+
+def _beside(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _sizes(x: torch.Tensor, begin: int) -> list[int]:
