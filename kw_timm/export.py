@@ -145,7 +145,7 @@ def _to_onnx(network: nn.Module, images: torch.Tensor, file: Path, dynamic: bool
     tensors = (*network.parameters(), *network.buffers())
     arguments: dict[str, Any] = dict(input_names=['images'], output_names=['output'], opset_version=opset)
     if sum(t.nbytes for t in tensors) < _LARGEST_ONNX:
-        # Of torch's two exporters the one that takes seconds; the other takes minutes if sizes are dynamic.
+        # Of torch's two exporters the one that takes seconds; the other takes a minute if sizes are dynamic.
         arguments |= dict(dynamo=False, dynamic_axes={'images': axes, 'output': {0: 'batch'}} if dynamic else None)
     else:
         arguments |= dict(dynamo=True, external_data=True, dynamic_shapes=(axes,) if dynamic else None, verbose=False)
