@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .benchmark import MODES
     from .benchmark.session import add_options, positive
 
     parser = argparse.ArgumentParser(
@@ -56,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         '. Weights are random, results are compared with each other. '
         'Modes: static, the same network without kernel warehouses; straightforward, all cells mixed for '
         'every image and one grouped convolution; default, as a network computes by itself; optimized, by '
-        'kw_timm.optimize_for_inference. The bound is the static time and what mixing takes at the '
+        'kw_timm.optimize_for_inference; onnxruntime and openvino, the default network as a file of these runtimes '
+        '(by --modes only). The bound is the static time and what mixing takes at the '
         "machine's measured limits.",
         'kw-timm bench kw4x_resnet50 kw1x_resnet50 --batch 1 8 --train --csv results.csv',
     )
@@ -69,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         '--features-only', action='store_true', help='the multi-scale features that a detector uses, no classifier'
     )
-    add_options(bench)
+    add_options(bench, MODES)
     bench.add_argument(
         '--from-csv', type=Path, nargs='+', metavar='FILE', help='measure nothing, show the results of earlier runs'
     )
@@ -217,6 +219,7 @@ def _bench(options: argparse.Namespace) -> int:
     import torch
 
     from .benchmark import run_all
+    from .benchmark.runtimes import check_runtimes
     from .benchmark.session import check_files, settings_of
 
     if options.from_csv and options.variants:
@@ -229,6 +232,7 @@ def _bench(options: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     try:
         settings = settings_of(options)
+        check_runtimes(options.modes, settings)
         cases = _cases(options, settings)
         total = len(options.variants) * (len(options.batch) + (len(options.train_batch) if options.train else 0))
         return run_all(cases, total, settings, options, options.command_line)

@@ -20,9 +20,9 @@ from .weights import read_weight_file
 from .weights.exact import network_part, recognise_network, to_timm_exact
 from .weights.store import WeightsNotFoundError
 
-__all__ = ['ENDINGS', 'export_file', 'load_network', 'run_export']
+__all__ = ['ENDINGS', 'check_packages', 'export_file', 'file_size', 'load_file', 'load_network', 'run_export']
 
-Run = Callable[[torch.Tensor], torch.Tensor]
+Run = Callable[[torch.Tensor], list[torch.Tensor]]
 
 ENDINGS = {'onnx': '.onnx', 'openvino': '.xml', 'torch': '.pt2'}
 _NEEDS = {'onnx': ('onnx', 'onnxscript', 'onnxruntime'), 'openvino': ('openvino',), 'torch': ()}
@@ -43,19 +43,19 @@ def run_export(options: argparse.Namespace, size: tuple[int, int]) -> int:
     if file.suffix != ENDINGS[options.to]:
         raise ValueError(f"'{file}' must end in '{ENDINGS[options.to]}' for --to {options.to}.")
     check_writable(file)
-    _check_packages(options.to)
+    check_packages(options.to)
     network = load_network(options.network, options.random_weights, min(size))
     chosen = optimize_for_inference(network, batch_size=options.batch) if options.optimized else network
     export_file(chosen, file, options.to, (options.batch, *size), options.dynamic, options.opset)
-    run = _runner(options.to, file)
-    print(f'{file}: {_megabytes(file)} MB')
+    run = load_file(options.to, file)
+    print(f'{file}: {file_size(file) / 1e6:.0f} MB')
     heights = (size[0], size[0] + 32) if options.dynamic else (size[0],)
     batches = sorted({options.batch, *(_BATCHES if options.dynamic else ())})
     worst = 0.0
     with torch.inference_mode():
         for batch, height in ((b, h) for b in batches for h in heights):
             images = drawn_images(batch, (height, size[1]))
-            worst = max(worst, _difference(run(images), chosen(images)))
+            worst = max(worst, _difference(run(images)[0], chosen(images)))
         images = drawn_images(options.batch, size)
         times = {'torch': _seconds(network, images)}
         if options.optimized:
@@ -121,7 +121,7 @@ def export_file(
     Raises:
         ValueError: If a package is missing, or the exporter cannot do it.
     """
-    _check_packages(to)
+    check_packages(to)
     if opset is not None and to != 'onnx':
         raise ValueError(f'--opset {opset} is for --to onnx.')
     batch, *size = shape
@@ -145,7 +145,7 @@ def _to_onnx(network: nn.Module, images: torch.Tensor, file: Path, dynamic: bool
     tensors = (*network.parameters(), *network.buffers())
     arguments: dict[str, Any] = dict(input_names=['images'], output_names=['output'], opset_version=opset)
     if sum(t.nbytes for t in tensors) < _LARGEST_ONNX:
-        # Of torch's two exporters the one that takes seconds; the other takes minutes if sizes are dynamic.
+        # Of torch's two exporters the one that takes seconds; the other takes a minute if sizes are dynamic.
         arguments |= dict(dynamo=False, dynamic_axes={'images': axes, 'output': {0: 'batch'}} if dynamic else None)
     else:
         arguments |= dict(dynamo=True, external_data=True, dynamic_shapes=(axes,) if dynamic else None, verbose=False)
@@ -167,28 +167,38 @@ def _to_torch(network: nn.Module, images: torch.Tensor, file: Path, dynamic: boo
     torch.export.save(torch.export.export(network, (images,), dynamic_shapes=shapes), file)
 
 
-def _runner(to: str, file: Path) -> Run:
-    """Load a file into the runtime that it is for."""
+def load_file(to: str, file: Path) -> Run:
+    """Load a file into the runtime that it is for.
+
+    Args:
+        to: ``'onnx'``, ``'openvino'`` or ``'torch'``.
+        file: What :func:`export_file` wrote.
+
+    Returns:
+        What computes all outputs of images ``(batch, 3, height, width)``, with as many threads as torch has now.
+    """
     threads = torch.get_num_threads()
     if to == 'torch':
-        return torch.export.load(file).module()
+        module = torch.export.load(file).module()
+        return lambda images: _listed(module(images))
     if to == 'openvino':
         import openvino
 
         # Where a processor has bfloat16, OpenVINO would compute in it, and differ from torch by more than rounding.
         settings = {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32'}
         compiled = openvino.compile_model(openvino.Core().read_model(file), 'CPU', settings)
-        return lambda images: torch.from_numpy(compiled(images.numpy())[0])
+        return lambda images: [torch.from_numpy(output) for output in compiled(images.numpy()).to_tuple()]
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
     name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+    return lambda images: [torch.from_numpy(output) for output in session.run(None, {name: images.numpy()})]
 
 
-def _check_packages(to: str) -> None:
+def check_packages(to: str) -> None:
+    """Raise ValueError if what a runtime needs is not installed."""
     missing = [name for name in _NEEDS[to] if find_spec(name) is None]
     if missing:
         raise ValueError(f"--to {to} needs {', '.join(missing)}: pip install 'kw-timm[export]'")
@@ -206,7 +216,11 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def _seconds(run: Run, images: torch.Tensor) -> float:
+def _listed(outputs: Any) -> list[torch.Tensor]:
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+
+def _seconds(run: Callable[[torch.Tensor], Any], images: torch.Tensor) -> float:
     run(images)
     times = []
     for _ in range(_REPEATS):
@@ -216,9 +230,10 @@ def _seconds(run: Run, images: torch.Tensor) -> float:
     return min(times)  # What else the machine does adds to the others.
 
 
-def _megabytes(file: Path) -> int:
+def file_size(file: Path) -> int:
+    """Return what a file takes in bytes, with the weights beside it."""
     beside = (file, file.with_name(f'{file.name}.data'), file.with_suffix('.bin'))
-    return round(sum(part.stat().st_size for part in set(beside) if part.is_file()) / 1e6)
+    return sum(part.stat().st_size for part in set(beside) if part.is_file())
 
 
 def _title(to: str) -> str:

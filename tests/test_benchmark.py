@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -63,7 +64,7 @@ def result(**changes: object) -> Result:
         *(VARIANT, 'inference', 1, 32, 32, 'default'),
         **dict(seconds=0.3, first_quartile=0.2, third_quartile=0.4, rounds=3, speedup=2.0, over_static=3.0),
         **dict(peak_memory=10, difference=1e-6, bound=0.15, over_bound=2.0, mixing_flops=1.0, mixing_bytes=1.0),
-        **dict(preparation=0.1, machine=MACHINE, command='kw-timm bench x'),
+        **dict(preparation=0.1, stored_bytes=1000, machine=MACHINE, command='kw-timm bench x'),
     )
     return replace(known, **changes)
 
@@ -93,6 +94,31 @@ def test_ratios_and_bound_are_those_of_the_run(measured):
             mixing = max(r.mixing_flops / MACHINE.gemm, r.mixing_bytes / MACHINE.bandwidth)
             assert r.bound == pytest.approx(own['static'].seconds + mixing)
             assert mode == 'static' or r.over_bound == pytest.approx(r.seconds / r.bound)
+
+
+@pytest.mark.slow
+def test_other_runtimes_are_modes(tmp_path, monkeypatch):
+    (tmp_path / 'temporary').mkdir()
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'temporary'))
+    pytest.importorskip('onnxruntime')
+    pytest.importorskip('openvino')
+    (tmp_path / 'README.md').write_text(f'{BEGIN}\n{END}\n')
+    modes = ['default', 'onnxruntime', 'openvino']
+    files = ['--csv', f'{tmp_path}/r.csv', '--readme', f'{tmp_path}/README.md', '--plot', f'{tmp_path}/r.png']
+    arguments = ['--batch', '2', '--train', '--train-batch', '2', '--train-size', '64', '--modes', *modes]
+    assert main(['bench', VARIANT, *QUICK, *arguments, '--features-only', *files]) == 0
+    results = read_csv(tmp_path / 'r.csv')
+    assert [r.mode for r in results] == [*modes, 'default']  # no runtime takes a training step
+    own, *others = results[:3]
+    network = timm.create_model(VARIANT, features_only=True)
+    assert own.stored_bytes == sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
+    for r in others:
+        assert r.peak_memory is None
+        assert r.difference < 1e-3
+        assert 0.5 < r.stored_bytes / own.stored_bytes < 3
+    text = (tmp_path / 'README.md').read_text()
+    assert text.count('| onnxruntime | openvino |') == 3  # times, memory, what is stored
+    assert not list((tmp_path / 'temporary').glob('kw-timm-*'))
 
 
 def test_readme_and_plot(measured):
@@ -140,7 +166,9 @@ def test_result_files_keep_their_columns(tmp_path):
     assert found.uncertainty == pytest.approx(1.57 * 0.05 / 3**0.5 / 1.03)
     assert (found.machine.device_name, found.machine.threads, found.machine.gemm) == ('AMD EPYC', 2, 1.9e11)
     session.write_csv(tmp_path / 'again.csv', [found])
-    assert (tmp_path / 'again.csv').read_text().splitlines()[0] == file.read_text().splitlines()[0]
+    again = (tmp_path / 'again.csv').read_text().splitlines()[0]
+    assert again.replace(',stored_bytes', '') == file.read_text().splitlines()[0]
+    assert read_csv(tmp_path / 'again.csv') == [found]
     file.write_text(file.read_text().replace(',1.03,', ',fast,'))
     with pytest.raises(ValueError, match=r"earlier.csv' cannot be read: could not convert .*'fast'"):
         read_csv(file)
@@ -280,6 +308,7 @@ def test_sizes():
         ([VARIANT, '--train', '--train-batch', '1'], 'needs 2 images'),
         ([VARIANT, '--device', 'cuda:99'], r'--device cuda:99: .* sees \d+ GPUs'),
         ([VARIANT, '--device', 'abacus'], "expected 'cpu', 'cuda'"),
+        ([VARIANT, '--modes', 'openvino', '--dtype', 'float64'], 'openvino is measured on the CPU in float32; leave'),
         ([VARIANT, '--csv', 'no/such/r.csv'], 'no folder'),
         ([VARIANT, '--plot', 'r.txt'], r"'r.txt' must end in one of: .*\.png"),
         ([VARIANT, '--readme', 'unmarked.md'], "'unmarked.md': .*no line '<!-- benchmark"),

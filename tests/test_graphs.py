@@ -100,7 +100,7 @@ def onnx_runner(path):
 
 
 def to_onnx(net, path):
-    """By the exporter that traces: the other takes minutes for a whole network with dynamic sizes."""
+    """By the exporter that traces: the other takes a minute for a whole network with dynamic sizes."""
     x, axes = images(2).to(kind_of(net)), {0: 'batch', 2: 'height', 3: 'width'}
     with torch.no_grad():
         torch.onnx.export(net, (x,), path, dynamo=False, input_names=['x'], dynamic_axes={'x': axes})
@@ -127,8 +127,10 @@ def kinds_of_convolutions():
                 yield ConvSpec.of(grid, cell, *per_axis, groups)
 
 
-def test_products_are_convolutions():
-    """Every combination of axes, window, stride, padding, dilation, groups and partition."""
+@pytest.mark.parametrize('tracing', [False, True])
+def test_products_are_convolutions(tracing, monkeypatch):
+    """Every combination of axes, window, stride, padding, dilation, groups and partition, in both ways of gathering."""
+    monkeypatch.setattr(torch.jit, 'is_tracing', lambda: tracing)
     torch.manual_seed(0)
     for spec in kinds_of_convolutions():
         x = torch.randn(3, 4, *(7, 8, 6)[: len(spec.kernel_size)], dtype=torch.double)

@@ -19,10 +19,13 @@ from ..layers import straightforward
 from ..random_weights import drawn_images, settle
 from .measure import Settings, alternate, peak_memory, quartiles, relative_difference
 from .results import Machine, Result, bound
+from .runtimes import RUNTIMES, ExportedNetwork, stored_bytes
 
-__all__ = ['MODES', 'Case', 'network_cases', 'run_case', 'static_name']
+__all__ = ['MODES', 'OWN_MODES', 'Case', 'network_cases', 'run_case', 'static_name']
 
-MODES = ('static', 'straightforward', 'default', 'optimized')
+# The first four need torch alone, and are those of a benchmark that names none.
+OWN_MODES = ('static', 'straightforward', 'default', 'optimized')
+MODES = (*OWN_MODES, *RUNTIMES)
 # Differences beyond these are more than rounding; of gradients more, which jump where rounding switches a ReLU.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 GRADIENT_TOLERANCES = {torch.float64: 1e-6, torch.float32: 0.05, torch.bfloat16: 0.5, torch.float16: 0.3}
@@ -100,7 +103,7 @@ def network_cases(
     static = make(static_name(variant), **levels) if 'static' in modes else kw
     for is_training, sizes in ((False, inference), (True, training)):
         task = ' '.join(['features'] * features_only + ['training step'] * is_training) or 'inference'
-        own = [mode for mode in modes if not (is_training and mode == 'optimized')]
+        own = [mode for mode in modes if not (is_training and mode in ('optimized', *RUNTIMES))]
         for batch, size in sizes:
             compute = partial(_compute, drawn_images(batch, size).to(settings.device, settings.dtype), is_training)
             yield Case(variant, task, batch, size, kw, static, compute, own, is_training, memory_budget)
@@ -184,10 +187,14 @@ def _try(case: Case, mode: str, device: torch.device) -> tuple[nn.Module, Sequen
     start = time.perf_counter()
     if mode == 'optimized':
         network = optimize_for_inference(case.kw, batch_size=case.batch, memory_budget=case.memory_budget)
+    elif mode in RUNTIMES:
+        network = ExportedNetwork(case.kw.eval(), mode, (case.batch, *case.size))
     else:
         network = (case.static if mode == 'static' else case.kw).eval()
     preparation = time.perf_counter() - start
     torch.manual_seed(0)
     memory, found = peak_memory(partial(case.run, mode, network, check=True), device)
     found = [tensor.clone() for tensor in found]  # The next step adds to gradients in place.
-    return network, found, {'preparation': preparation, 'peak_memory': memory, 'difference': None}
+    facts = {'preparation': preparation, 'difference': None, 'stored_bytes': stored_bytes(network)}
+    # Other runtimes allocate for themselves, unseen by torch.
+    return network, found, facts | {'peak_memory': None if mode in RUNTIMES else memory}

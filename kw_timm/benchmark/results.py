@@ -58,6 +58,7 @@ class Result:
     mixing_flops: float | None  # of making the kernels of a batch
     mixing_bytes: float | None  # that are read for it
     preparation: float  # seconds that making the network ready took
+    stored_bytes: int | None  # of parameters and buffers, or of the file that another runtime reads
     machine: Machine
     command: str  # command line that measured it
 
@@ -69,6 +70,7 @@ class Result:
 
 COLUMNS = typing.get_type_hints(Result) | typing.get_type_hints(Machine)
 del COLUMNS['machine']
+ADDED = {'stored_bytes'}  # columns that files of earlier versions lack
 
 
 def measure_machine(settings: Settings) -> Machine:
@@ -111,7 +113,7 @@ def read_csv(file: Path) -> list[Result]:
     try:
         with file.open(newline='') as stream:
             reader = csv.DictReader(stream)
-            missing = sorted(set(COLUMNS) - set(reader.fieldnames or ()))
+            missing = sorted(set(COLUMNS) - ADDED - set(reader.fieldnames or ()))
             if missing:
                 raise ValueError(f'it is not a result file of `kw-timm bench`, it has no column {", ".join(missing)}')
             return [_result(row) for row in reader]
@@ -124,5 +126,5 @@ def _result(row: dict[str, str]) -> Result:
     values: dict[str, Any] = {}
     for name, hint in COLUMNS.items():
         parse, *may_be_none = typing.get_args(hint) or (hint,)
-        values[name] = None if may_be_none and not row[name] else parse(row[name])
+        values[name] = None if may_be_none and not row.get(name) else parse(row[name])
     return Result(machine=Machine(**{field.name: values.pop(field.name) for field in fields(Machine)}), **values)

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ..files import check_writable, new_file, replace_section
-from .cases import MODES, Case, run_case
+from .cases import OWN_MODES, Case, run_case
 from .measure import Settings
 from .report import BEGIN, END, check_plot, describe, markdown, plot, text_table
 from .results import Result, measure_machine, write_csv
@@ -39,11 +39,12 @@ def image_size(words: Sequence[str]) -> tuple[int, int]:
     return int(found[1]), int(found[2] or found[1])
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every benchmark has."""
+def add_options(parser: argparse.ArgumentParser, modes: Sequence[str] = OWN_MODES) -> None:
+    """Add the options that every benchmark has; ``modes`` may be asked for."""
     add, number = parser.add_argument, partial(_at_least, 0, float)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    add('--modes', nargs='+', choices=MODES, default=MODES, metavar='MODE', help=f'of {" ".join(MODES)} (all)')
+    known, usual = (' '.join(names) for names in (modes, OWN_MODES))
+    add('--modes', nargs='+', choices=modes, default=OWN_MODES, metavar='MODE', help=f'of {known} ({usual})')
     add('--device', default=device, help='cpu, cuda or cuda:N (%(default)s)')
     add('--dtype', choices=('float32', 'float64', 'bfloat16', 'float16'), default='float32', help='(%(default)s)')
     add('--threads', type=positive, metavar='N', help="of the CPU (torch's own choice)")

@@ -1,9 +1,10 @@
 """The path of a KW layer in graphs that other programs run: torch's own operations, and no convolution.
 
 The groups of a convolution are a constant of such a graph, so the batch cannot be among them; matrix products take any
-batch. No number here depends on the size of the input either: its shifted copies are cut out by distances from both
-ends. Exporters take time by the square of the number of operations, and give each symbolic size several, hence few
-copies (one axis after the other) and views of constant sizes.
+batch. Exporters reason about every size that is not a constant, by operation, which takes most of their time; hence few
+operations. What a window sees is gathered by one, which is unfolding. In a traced graph that would make constants of
+sizes: there, shifted copies are cut out by distances from both ends, few of them (one axis after the other), with views
+of constant sizes.
 """
 
 import math
@@ -29,23 +30,45 @@ def conv_by_products(
 
     Arguments and result as :func:`~kw_timm.ops.convolve_fixed`, which checks them and pads the input's end.
     """
-    kernels = _arrange(mix(coefficients, cells, spec), spec)
+    # Where nothing is traced, one operation gathers what a window sees, but in two dimensions only.
+    unfolds = len(spec.kernel_size) == 2 and math.prod(spec.kernel_size) > 1 and not torch.jit.is_tracing()
+    kernels = _arrange(mix(coefficients, cells, spec), spec, unfolds)
     if factors is not None:
         kernels = kernels * factors[:, None]
     kernels = in_type_of(x, kernels)
+    if unfolds:
+        return add_bias(_unfolded(x, kernels, spec), bias)
     if any(spec.padding):
         x = F.pad(x, [zeros for padding in reversed(spec.padding) for zeros in (padding, padding)])
     y = _depthwise(x, kernels, spec) if spec.groups > 1 == spec.kernel_shape[1] else _dense(x, kernels, spec)
     return add_bias(y, bias)
 
 
-def _arrange(mixed: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
-    """Put mixtures ``(B, m, co * ci * window)`` in their places, ``(B, O, window * C / groups)``."""
+def _arrange(mixed: torch.Tensor, spec: ConvSpec, window_last: bool = False) -> torch.Tensor:
+    """Put mixtures ``(B, m, co * ci * window)`` in their places: ``(B, O, window * C / groups)``, or window last."""
     positions, out_groups, in_groups = spec.grid
     cell_out, cell_in, *window = spec.cell_shape
     parts = mixed.reshape(-1, positions, out_groups, in_groups, cell_out, cell_in, math.prod(window))
-    rows = parts.permute(0, 2, 4, 1, 6, 3, 5).contiguous()
+    rows = parts.permute(0, 2, 4, *((3, 5, 1, 6) if window_last else (1, 6, 3, 5))).contiguous()
     return rows.view(-1, spec.kernel_shape[0], math.prod(spec.kernel_shape[1:]))
+
+
+def _unfolded(x: torch.Tensor, kernels: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
+    """Multiply kernels with all that they see, of every group: ``(B, g, O / g, C / g * window) @ (..., pixels)``."""
+    channels, groups, batch = spec.kernel_shape[0], spec.groups, x.shape[0]
+    seen = F.unfold(x, spec.kernel_size, spec.dilation, spec.padding, spec.stride)
+    length = math.prod(spec.kernel_shape[1:])
+    if groups > 1:
+        kernels = kernels.view(batch, groups, channels // groups, length)
+        seen = seen.view(batch, groups, length, seen.shape[2])
+    # In the words in which torch counts them, so that their product is known to be the number of pixels.
+    sizes = [
+        (x.shape[2 + axis] + 2 * padding - dilation * (taps - 1) + stride - 1) // stride
+        for axis, (taps, dilation, padding, stride) in enumerate(
+            zip(spec.kernel_size, spec.dilation, spec.padding, spec.stride, strict=True)
+        )
+    ]
+    return (kernels @ seen).view(batch, channels, *sizes)
 
 
 def _dense(x: torch.Tensor, kernels: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
@@ -56,7 +79,7 @@ def _dense(x: torch.Tensor, kernels: torch.Tensor, spec: ConvSpec) -> torch.Tens
         kernels = kernels.view(-1, channels // groups, kernels.shape[2])
     seen = x
     for axis in reversed(range(len(spec.kernel_size))):
-        seen = torch.cat([_cut(seen, 2 + axis, spec, axis, i) for i in range(spec.kernel_size[axis])], 1)
+        seen = _beside([_cut(seen, 2 + axis, spec, axis, i) for i in range(spec.kernel_size[axis])], 1)
     return (kernels @ seen.flatten(2)).reshape(-1, channels, *_sizes(seen, 2))
 
 
@@ -66,13 +89,17 @@ def _depthwise(x: torch.Tensor, kernels: torch.Tensor, spec: ConvSpec) -> torch.
     width, length = spec.kernel_size[last], math.prod(spec.kernel_size[:last])
     seen = x.unsqueeze(2)
     for axis in reversed(others):
-        seen = torch.cat([_cut(seen, 3 + axis, spec, axis, i) for i in range(spec.kernel_size[axis])], 2)
+        seen = _beside([_cut(seen, 3 + axis, spec, axis, i) for i in range(spec.kernel_size[axis])], 2)
     matrices = kernels.view(-1, spec.groups, multiplier, length, width).permute(0, 1, 4, 2, 3)
     products = matrices.reshape(-1, spec.groups, width * multiplier, length) @ seen.flatten(3)
     products = products.reshape(-1, spec.groups, width * multiplier, *_sizes(seen, 3))
     parts = [_cut(part, 3 + last, spec, last, i) for i, part in enumerate(products.split(multiplier, 2))]
     y = sum(parts[1:], parts[0])
     return y.squeeze(2) if multiplier == 1 else y.flatten(1, 2)
+
+
+def _beside(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _sizes(x: torch.Tensor, begin: int) -> list[int]:
