@@ -109,7 +109,7 @@ def train(run: Path, options: list[str], epochs: int, processes: int = 1) -> Pat
         print(f'already trained: {done}')
         return done
     command = [sys.executable, '-m', 'kw_mmdet', 'train', str(CONFIG), '--work-dir', str(run), '--seed', '0']
-    command += ['--processes', str(processes)]
+    command += ['--processes', str(processes), '--no-validate']  # evaluated once, below
     print(f'training {epochs} epochs in {processes} processes; checkpoints and the whole log: {run}', flush=True)
     if done is not None:
         print(f'going on from {done}')

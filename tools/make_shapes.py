@@ -39,7 +39,7 @@ def draw_image(rng: np.random.RandomState, size: int) -> tuple[np.ndarray, list[
     around = image.mean(axis=(0, 1))
     shapes: list[dict] = []
     taken: list[tuple[float, float, float]] = []
-    wanted = rng.randint(1, 5)
+    wanted = rng.randint(2, 7)
     for _ in range(50):
         if len(shapes) == wanted:
             break
