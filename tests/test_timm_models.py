@@ -13,6 +13,7 @@ SIZE = 64
 LARGE = (
     'kw2x_resnet18',
     'kw4x_resnet18',
+    'kw1d2x_resnet50',
     'kw1x_resnet50',
     'kw4x_resnet50',
     'kw1x_mobilenetv2_100',

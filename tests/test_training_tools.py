@@ -15,6 +15,10 @@ from torch import nn
 from kw_timm.layers import KWLayer
 
 
+# 16-bit convolutions are slow where the processor has none.
+QUICK_IN_16_BITS = ('kw1x_mobilenetv2_050', 'kw1d2x_mobilenetv2_050')
+
+
 @pytest.fixture(params=SPECIAL)
 def model(request) -> nn.Module:
     return network(request.param)
@@ -130,12 +134,24 @@ def test_state_dict(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ('model', 'dtype'),
+    [
+        *((name, torch.float64) for name in SPECIAL),
+        *((name, torch.bfloat16) for name in QUICK_IN_16_BITS),
+        *(
+            pytest.param(name, torch.bfloat16, marks=pytest.mark.slow)
+            for name in SPECIAL
+            if name not in QUICK_IN_16_BITS
+        ),
+    ],
+    indirect=['model'],
+)
 def test_types(model, dtype):
     def levels(x: torch.Tensor) -> list[torch.Tensor]:
         return model.forward_intermediates(x, intermediates_only=True)
 
-    x = images(1, size=32)  # 16-bit convolutions are slow where the processor has none
+    x = images(1, size=32)
     expected = levels(x)
     model.to(dtype)
     outputs = levels(x.to(dtype))
@@ -146,7 +162,7 @@ def test_types(model, dtype):
     assert error < (1e-5 if dtype == torch.float64 else 0.05)
 
 
-@pytest.mark.parametrize('name', [*SMALLEST[:2], pytest.param(SMALLEST[2], marks=pytest.mark.slow)])
+@pytest.mark.parametrize('name', [SMALLEST[1], *(pytest.param(SMALLEST[i], marks=pytest.mark.slow) for i in (0, 2))])
 def test_autocast(name):
     model, x = network(name).train(), images(size=32)
     with torch.autocast('cpu', torch.bfloat16):
