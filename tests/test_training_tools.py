@@ -14,7 +14,6 @@ from torch import nn
 
 from kw_timm.layers import KWLayer
 
-
 # 16-bit convolutions are slow where the processor has none.
 QUICK_IN_16_BITS = ('kw1x_mobilenetv2_050', 'kw1d2x_mobilenetv2_050')
 
