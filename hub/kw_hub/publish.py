@@ -9,6 +9,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from kw_timm.weights.reach import unreachable
 from kw_timm.weights.store import WEIGHTS, hub_revision, sha256_of, store_folder
 
 from .card import model_card
@@ -82,6 +83,9 @@ def plan(
     wanted = contents(entry, result.repository, revision)
     if not compare:
         return Plan(result.repository, revision, True, wanted, True)
+    reason = None if constants.is_offline_mode() else unreachable(api.endpoint)
+    if reason is not None:
+        raise HubNotReachedError(f'{api.endpoint} does not answer ({reason}). Check network and proxy.')
     try:
         tags = {tag.name for tag in api.list_repo_refs(result.repository).tags}
         published = _tree(api, result.repository, 'main')
