@@ -9,8 +9,8 @@ __all__ = ['main']
 
 PROGRAMS = {
     'train': "train a detector: CONFIG, --processes N and the options of MMDetection's train program",
-    'test': "test a detector: CONFIG CHECKPOINT (a file, or 'published'), --processes N and the options of MMDetection's "
-    'test program',
+    'test': "test a detector: CONFIG CHECKPOINT (a file or 'published'), --processes N and the options of "
+    "MMDetection's test program",
 }
 
 

@@ -1,8 +1,8 @@
 """Ways to weights besides store and Hub, which other packages offer as entry points; nothing here knows any of them.
 
 An entry point of the group ``kw_timm.fetchers`` is a function ``(name, seconds) -> Path | None``: it brings a weight
-into the local store and returns its folder there, or None where it has no such weight. ``seconds`` is how long it may wait
-for a sign of life. It raises :class:`~kw_timm.weights.errors.WeightsNotFoundError` with a reason.
+into the local store and returns its folder there, or None where it has no such weight. ``seconds`` is how long it may
+wait for a sign of life. It raises :class:`~kw_timm.weights.errors.WeightsNotFoundError` with a reason.
 """
 
 import os
