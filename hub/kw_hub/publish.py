@@ -12,7 +12,7 @@ from huggingface_hub.hf_api import RepoFile
 from kw_timm.weights.reach import unreachable
 from kw_timm.weights.store import WEIGHTS, hub_revision, sha256_of, store_folder
 
-from .card import model_card
+from .card import check_card, model_card
 from .errors import HubError
 from .known_answer import KNOWN_ANSWER
 from .manifest import Entry
@@ -125,6 +125,10 @@ def publish(entry: Entry, organisation: str, revision: str | None = None, api: H
     api = api or HfApi()
     todo = plan(entry, organisation, revision, api)
     try:
+        if CARD in todo.files:
+            card = todo.files[CARD]
+            assert isinstance(card, bytes)
+            check_card(card.decode(), entry)
         if todo.create:
             api.create_repo(todo.repository, exist_ok=True)
         if todo.files:
@@ -132,6 +136,8 @@ def publish(entry: Entry, organisation: str, revision: str | None = None, api: H
             api.create_commit(todo.repository, operations, commit_message=f'Publish {entry.name}')
         if todo.tag:
             api.create_tag(todo.repository, tag=todo.revision)
+    except HubError:
+        raise
     except Exception as error:
         raise _explained(error, todo.repository) from error
     return todo
