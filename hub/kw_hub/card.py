@@ -3,7 +3,9 @@
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from yaml import YAMLError
 
+from kw_timm.weights.errors import in_one_line
 from kw_timm.weights.store import hub_revision
 
 from .errors import HubError
@@ -105,8 +107,8 @@ def check_card(text: str, entry: Entry, ask_hub: bool = True) -> None:
         compile(code, entry.name, 'exec')
         if ask_hub:
             card.validate(repo_type='model')
-    except (ValueError, TypeError, SyntaxError) as error:
-        raise HubError(f'The model card of {entry.name} is not published: {error}. Correct kw_hub/card.py.') from error
+    except (ValueError, TypeError, SyntaxError, YAMLError) as error:
+        raise HubError(f'The model card of {entry.name} is not published: {in_one_line(error)}. Correct kw_hub/card.py.') from error
 
 
 def _network_text(entry: Entry, repository: str, revision: str) -> str:
