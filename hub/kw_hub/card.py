@@ -108,7 +108,8 @@ def check_card(text: str, entry: Entry, ask_hub: bool = True) -> None:
         if ask_hub:
             card.validate(repo_type='model')
     except (ValueError, TypeError, SyntaxError, YAMLError) as error:
-        raise HubError(f'The model card of {entry.name} is not published: {in_one_line(error)}. Correct kw_hub/card.py.') from error
+        said = in_one_line(error)
+        raise HubError(f'The model card of {entry.name} is not published: {said}. Correct kw_hub/card.py.') from error
 
 
 def _network_text(entry: Entry, repository: str, revision: str) -> str:
