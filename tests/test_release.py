@@ -1,5 +1,6 @@
 """What is released works outside a checkout: a source distribution, a wheel made of it, installed, trains the demo."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,9 @@ SOURCES = ('kw_timm', 'adapters', 'hub', 'configs', 'tools', 'pyproject.toml', '
 
 
 def call(*command: str | Path, cwd: Path, timeout: int = 500) -> str:
-    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    env = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    words = [str(word) for word in command]
+    done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
