@@ -47,6 +47,7 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_trains_the_demo(wheel, tmp_path):
     """In an environment that has this wheel, and of this one's packages what the wheel asks for."""
     pytest.importorskip('mmdet', reason='needs MMDetection')
+    from demo import overridden
     from kw_mmdet.generation import GENERATION
     from make_shapes import make_shapes
 
@@ -66,12 +67,7 @@ def test_the_wheel_trains_the_demo(wheel, tmp_path):
     assert 'bring' in call(python, '-P', '-c', points, cwd=tmp_path)
 
     data = make_shapes(tmp_path / 'shapes', train=2, val=1, size=96)
-    key, images, epochs = (
-        ('data.train', 'img_prefix', 'runner.max_epochs=1')
-        if GENERATION == 2
-        else ('train_dataloader.dataset', 'data_prefix.img', 'train_cfg.max_epochs=1')
-    )
-    options = [f'{key}.ann_file={data}/annotations/train.json', f'{key}.{images}={data}/train/', epochs]
+    options = [f'{key}={value}' for key, value in overridden(data, epochs=1, batch=2).items()]
     call(
         *(tmp_path / 'empty/bin/kw-mmdet', 'train', CONFIG, '--work-dir', tmp_path / 'run'),
         *(['--no-validate'] if GENERATION == 2 else []),

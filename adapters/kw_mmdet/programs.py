@@ -15,7 +15,7 @@ import torch
 from .checks import check_config
 from .configs import find_config
 from .generation import GENERATION, Config, DictAction, get_device, translate_options
-from .published import find_checkpoint
+from .published import find_checkpoint, published_name
 
 __all__ = ['load_config', 'parse_options', 'program_path', 'run_program']
 
@@ -94,6 +94,8 @@ def run_program(name: str, arguments: Sequence[str]) -> int:
     # The path takes the name's place, so that MMDetection finds configs of ours.
     path = str(find_config(args.config))
     others[others.index(args.config)] = path
+    if name == 'test':
+        published_name(args.checkpoint, path)  # before the config is read; fetched once all is checked
     processes = count_processes(known.processes)
     if os.environ.get('RANK', '0') == '0':
         config = load_config(path, args.cfg_options)
