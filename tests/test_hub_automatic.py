@@ -71,6 +71,7 @@ def test_create_model_fetches_once(host, reference_file, capsys):
     assert 'host' not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_the_caller_set_changes_nothing(host):
     torch.manual_seed(3)
     torch.set_default_dtype(torch.float64)
@@ -112,8 +113,6 @@ def test_a_refusal_says_both_reasons_and_nothing_is_half(host):
         timm.create_model(VARIANT, pretrained=True)
     assert not store_folder(NAME).exists()
     assert not leftovers(store_folder())
-    host.faults = []
-    timm.create_model(VARIANT, pretrained=True)
 
 
 def test_hosts_that_do_not_answer(host, monkeypatch):
@@ -158,6 +157,7 @@ def test_the_authors_static_networks(host, tmp_path):
     assert host.count(FILE) == 1
 
 
+@pytest.mark.slow
 def test_a_detector_by_name(host, tmp_path, capsys):
     pytest.importorskip('mmdet', reason='needs MMDetection')
     from kw_mmdet.published import find_checkpoint
