@@ -16,6 +16,8 @@ VENV_PACKAGES := .venv-packages
 READY_PACKAGES := $(VENV_PACKAGES)/.ready
 VENV_FULL := .venv-full
 READY_FULL := $(VENV_FULL)/.ready
+VENV_DOCS := .venv-docs
+READY_DOCS := $(VENV_DOCS)/.ready
 # And one of its own, as `pip install '.[onedl]'` makes it.
 VENV_ONEDL := .venv-onedl
 READY_ONEDL := $(VENV_ONEDL)/.ready
@@ -25,7 +27,7 @@ DETECTION := $(addprefix tests/test_,framework.py mmdet_backbone.py detection_go
 	mmdet_temperature.py mmengine_temperature.py tools.py)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-mmdet3 test-slow test-packages test-onedl test-mmcv-full lint setup setup3 clean
+.PHONY: demo test test-mmdet3 test-slow test-packages test-onedl test-mmcv-full lint docs dist setup setup3 clean
 
 # So that the demo can say how long set-up took.
 demo: export MAKE_BEGAN := $(shell date +%s)
@@ -54,7 +56,7 @@ test-mmcv-full: $(READY_FULL)
 
 # KW networks in Lightning, Accelerate, Transformers and the like.
 test-packages: $(READY_PACKAGES)
-	$(VENV_PACKAGES)/bin/python -m pytest -m packages tests/test_packages.py
+	$(VENV_PACKAGES)/bin/python -m pytest -m packages tests/test_packages.py tests/test_examples.py
 
 # Detection with the maintained continuation of MMDetection 3.x.
 test-onedl: $(READY_ONEDL)
@@ -64,6 +66,16 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in `site/`; what is missing or wrong in it fails. Newer releases of its builder advertise another one.
+docs: $(READY_DOCS)
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/python -m mkdocs build --strict
+
+# What is released, in `dist/`, checked.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 setup: $(READY)
 
@@ -108,6 +120,10 @@ $(READY_PACKAGES): $(READY) tools/overlay.sh
 	$(call install_extra,$(VENV_PACKAGES),packages)
 	touch $@
 
+$(READY_DOCS): $(READY_BASE) tools/overlay.sh
+	$(call install_extra,$(VENV_DOCS),docs)
+	touch $@
+
 $(READY_FULL): $(READY) tools/overlay.sh tools/mmcv_full.sh
 	bash tools/overlay.sh $(VENV_FULL) $(VENV)
 	bash tools/mmcv_full.sh $(VENV_FULL)/bin/python
@@ -119,4 +135,4 @@ $(READY_ONEDL): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV3) $(VENV_PACKAGES) $(VENV_ONEDL) $(VENV_FULL) work_dirs build *.egg-info kw_timm/*.so
+	rm -rf $(VENV) $(VENV3) $(VENV_DOCS) site dist $(VENV_PACKAGES) $(VENV_ONEDL) $(VENV_FULL) work_dirs build *.egg-info kw_timm/*.so

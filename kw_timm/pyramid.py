@@ -273,7 +273,7 @@ class PyramidFeatures(nn.Module):
             variant = self.name.partition('.')[0]
             overlay = {'state_dict': static_to_timm(part, variant) if variant in STATIC_NETWORKS else part}
         try:
-            args['pretrained_cfg_overlay'] = reachable(name, overlay)
+            name, args['pretrained_cfg_overlay'] = reachable(name, overlay)
             whole = create_network(name, pretrained=True, **args).state_dict()
         except RuntimeError as error:
             if overlay and not isinstance(error, WeightsNotFoundError):

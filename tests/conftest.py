@@ -8,6 +8,7 @@ from pathlib import Path
 # No test leaves the machine; those of the Hub talk to a server on loopback. Read when huggingface_hub is imported.
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['KW_TIMM_HOME'] = os.devnull
+os.environ['KW_HUB_FILE_HOST'] = 'http://127.0.0.1:9/uc?id={id}'
 # Programs that tests start share the cores with the other test process.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 

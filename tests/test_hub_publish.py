@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -10,13 +11,14 @@ import yaml
 from hub_server import Fault
 from hub_support import NAME, VARIANT, synthetic, tree_of
 from huggingface_hub import ModelCard, constants
-from kw_hub.card import model_card
+from kw_hub.card import check_card, model_card
 from kw_hub.cli import main
 from kw_hub.convert import convert_file
 from kw_hub.errors import HubError
 from kw_hub.manifest import find_entry, load_manifest
 from kw_hub.publish import plan, publish
 from kw_hub.verify import verify_repository
+from PIL import Image
 from reference_data import manifest
 
 ORG = 'our-org'
@@ -166,8 +168,9 @@ def test_detector_is_published(hub, tmp_path, monkeypatch):
 def test_every_model_card_has_the_hubs_metadata(entry):
     text = model_card(entry)
     card = ModelCard(text)
-    if entry.kind == 'kw':
-        assert card.text.split('\n\n')[1].startswith('`import kw_timm` first')
+    check_card(text, entry, ask_hub=False)
+    first = {'kw': 'import kw_timm, timm', 'static': 'import timm', 'detector': 'import kw_mmdet'}[entry.kind]
+    assert card.text.strip().split('\n\n')[1].startswith(f'```python\n{first}')
     data = card.data
     assert data.license == 'apache-2.0'
     assert data.library_name == ('mmdetection' if entry.kind == 'detector' else 'timm')
@@ -187,6 +190,67 @@ def test_every_model_card_has_the_hubs_metadata(entry):
         for block in code:
             compile(block, entry.name, 'exec')
         assert entry.network in text
+
+
+@pytest.mark.parametrize(
+    ('wrong', 'message'),
+    [
+        (lambda text: text.replace('license:', 'licence:'), 'lacks license'),
+        (lambda text: text.replace('model-index:', 'results:'), 'lacks .*model-index'),
+        (lambda text: text.replace('import kw_timm, timm, torch', 'x = 1'), 'no import'),
+        (lambda text: text.replace('with torch', 'with with torch'), 'invalid syntax'),
+        (lambda text: text.replace('---\n', '---\n[\n', 1), 'not published'),
+    ],
+)
+def test_a_wrong_card_is_not_published(hub, stored, entry, wrong, message, monkeypatch):
+    monkeypatch.setattr('kw_hub.publish.model_card', lambda *args: wrong(model_card(*args)))
+    with pytest.raises(HubError, match=message):
+        publish(entry, ORG)
+    assert hub.repositories == {}
+
+
+def test_the_hub_may_refuse_a_card(hub, stored, entry):
+    hub.faults = [Fault('POST /api/validate-yaml', 400, times=1)]
+    with pytest.raises(HubError, match=r'not published: .*on request'):
+        publish(entry, ORG)
+    assert hub.repositories == {}
+    publish(entry, ORG)
+    assert hub.count('POST /api/validate-yaml') >= 2  # the client asks once more with its commit
+
+
+def run_card(tree: dict[str, bytes], folder) -> dict:
+    """Run the first code of a published card, on a photograph of noise."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 100, 3), np.uint8)).save(folder / 'photo.jpg')
+    code = re.findall(r'```python\n(.*?)```', tree['README.md'].decode(), re.DOTALL)[0]
+    names: dict = {}
+    exec(compile(code, 'card', 'exec'), names)
+    return names
+
+
+def test_the_cards_code_runs(hub, stored, entry, tmp_path, monkeypatch):
+    publish(entry, ORG)
+    monkeypatch.chdir(tmp_path)
+    assert run_card(published(hub), tmp_path)['classes'].shape == (1, 5)
+
+
+@pytest.mark.slow
+def test_a_detectors_cards_code_runs(hub, tmp_path, monkeypatch):
+    pytest.importorskip('mmdet', reason='needs MMDetection')
+    from kw_mmdet.generation import build
+    from kw_mmdet.programs import load_config
+
+    from kw_timm.weights.detectors import detector_to_ours, detector_to_reference
+
+    name = 'mask_rcnn_kw1x_mobilenetv2_100_fpn_1x_coco'
+    own = {k: v for k, v in build(load_config(name)).state_dict().items() if not k.startswith('backbone.')}
+    backbone = {f'backbone.{k}': s for k, s in manifest('detection_kw1x_mobilenetv2_100').items()}
+    reference = detector_to_reference(detector_to_ours(synthetic(backbone) | own))
+    torch.save({'meta': {}, 'state_dict': reference}, tmp_path / 'file.pth')
+    convert_file(tmp_path / 'file.pth', store=True, quiet=True)
+    publish(find_entry(name), ORG)
+    monkeypatch.chdir(tmp_path)
+    names = run_card(hub.repositories[f'{ORG}/{name}'].resolve('v1')[1], tmp_path)
+    assert len(names['detector'].names) == 80
 
 
 def test_plan_of_a_new_repository(hub, stored, entry):

@@ -9,7 +9,8 @@ __all__ = ['main']
 
 PROGRAMS = {
     'train': "train a detector: CONFIG, --processes N and the options of MMDetection's train program",
-    'test': "test a detector: CONFIG CHECKPOINT, --processes N and the options of MMDetection's test program",
+    'test': "test a detector: CONFIG CHECKPOINT (a file or 'published'), --processes N and the options of "
+    "MMDetection's test program",
 }
 
 
@@ -56,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.set_defaults(command=_predict)
     predict.add_argument('images', nargs='+', type=Path, metavar='IMAGE', help='files, and folders of files')
     predict.add_argument('--config', required=True, metavar='CONFIG', help='that the checkpoint was trained with')
-    predict.add_argument('--checkpoint', required=True, type=Path, metavar='FILE')
+    predict.add_argument(
+        '--checkpoint', required=True, metavar='FILE', help="(or 'published', for that of the config's name)"
+    )
     predict.add_argument('--output', type=Path, default=Path('predictions'), metavar='FOLDER', help='(predictions)')
     predict.add_argument('--score-thr', type=float, default=0.3, metavar='S', help='draw what scores at least S (0.3)')
     predict.add_argument('--no-drawings', action='store_true', help='write detections.json alone')
@@ -86,9 +89,11 @@ def _config(options: argparse.Namespace) -> object:
 
 def _predict(options: argparse.Namespace) -> int:
     from .predict import Detector, find_images, predict
+    from .published import find_checkpoint
 
     images = find_images(options.images, options.output)
-    detector = Detector(_config(options), options.checkpoint, options.device)
+    config = _config(options)
+    detector = Detector(config, find_checkpoint(options.checkpoint, options.config), options.device)
     wrong = predict(detector, images, options.output, options.score_thr, not options.no_drawings)
     for sentence in wrong:
         print(f'kw-mmdet: {sentence}', file=sys.stderr)

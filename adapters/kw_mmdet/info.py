@@ -94,7 +94,8 @@ def _backbone_weights(backbone: Mapping[str, Any]) -> str:
         return f"those of the static {str(source.weights).removeprefix(TIMM)}, timm's own"
     if source.weights is not None and not source.weights.startswith(TIMM):
         return _file(source.weights)
-    if not name.startswith('kw'):
+    theirs = str(source.weights or '').endswith(f'.{TAG}')
+    if not name.startswith('kw') and not theirs:
         pretrained = timm.get_pretrained_cfg(name)
         return f"timm's own, {pretrained.hf_hub_id or pretrained.url if pretrained else 'but it has none'}"
     weight = name if '.' in name else f'{name}.{TAG}'

@@ -15,6 +15,7 @@ import torch
 from .checks import check_config
 from .configs import find_config
 from .generation import GENERATION, Config, DictAction, get_device, translate_options
+from .published import find_checkpoint, published_name
 
 __all__ = ['load_config', 'parse_options', 'program_path', 'run_program']
 
@@ -70,7 +71,7 @@ def run_program(name: str, arguments: Sequence[str]) -> int:
 
     Raises:
         ValueError: If the config or a number is wrong.
-        FileNotFoundError: If a file that is named does not exist.
+        FileNotFoundError: If a file that is named does not exist, or published weights cannot be had.
         SystemExit: If MMDetection's program does not know an argument, or after ``--help``.
     """
     own = argparse.ArgumentParser(prog=f'kw-mmdet {name}', add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
@@ -93,13 +94,15 @@ def run_program(name: str, arguments: Sequence[str]) -> int:
     # The path takes the name's place, so that MMDetection finds configs of ours.
     path = str(find_config(args.config))
     others[others.index(args.config)] = path
-    if name == 'test' and not Path(args.checkpoint).is_file():
-        raise FileNotFoundError(f"There is no checkpoint '{args.checkpoint}'.")
+    if name == 'test':
+        published_name(args.checkpoint, path)  # before the config is read; fetched once all is checked
     processes = count_processes(known.processes)
     if os.environ.get('RANK', '0') == '0':
         config = load_config(path, args.cfg_options)
         check_config(config, SPLITS[name])
         _check_modes(config, args)
+    if name == 'test':
+        others[others.index(args.checkpoint)] = str(find_checkpoint(args.checkpoint, path))
     machines = os.environ.get('NNODES', '1')
     if args.launcher != 'none' or (processes == 1 and machines == '1'):
         return _run_here(program, others)

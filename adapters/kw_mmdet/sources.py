@@ -7,6 +7,8 @@ from typing import Any
 import timm
 
 from kw_timm.pyramid import TIMM
+from kw_timm.weights.static import STATIC_NETWORKS
+from kw_timm.weights.store import TAG
 
 __all__ = ['WeightsSource', 'weights_source']
 
@@ -91,6 +93,8 @@ def _checkpoint(name: str, checkpoint: str) -> str | None:
                 f"Write checkpoint='{TIMM}{name}', or name='{rest}' in the backbone."
             )
         known = timm.list_pretrained(f'{variant}.*')
+        if variant in STATIC_NETWORKS:
+            known = [*known, f'{variant}.{TAG}']  # the authors' own
         if '.' in rest and known and rest not in known:
             raise ValueError(f"timm has no weights '{rest}'; it has {', '.join(known)}.")
         return checkpoint if '.' in rest else None

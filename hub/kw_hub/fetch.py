@@ -1,10 +1,14 @@
 """From the authors' file host into the local store: download (resumable), convert, verify."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from kw_timm.weights.reach import unreachable
 from kw_timm.weights.store import DamagedWeightsError, check_stored, sha256_of, store_folder
 
 from .convert import Converted, convert_file
@@ -20,7 +24,13 @@ TIMEOUT = (20.0, 60.0)
 
 
 def fetch(
-    entry: Entry, force: bool = False, keep: bool = False, weights: str = 'auto', record: bool = False
+    entry: Entry,
+    force: bool = False,
+    keep: bool = False,
+    weights: str = 'auto',
+    record: bool = False,
+    seconds: float | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Converted | None:
     """Get a weight from the authors' host into the store; None if it is there already.
 
@@ -33,6 +43,8 @@ def fetch(
         keep: Keep the authors' file too.
         weights: ``'ema'``, ``'model'`` or ``'auto'``, see :func:`~kw_hub.source.read_source`.
         record: Write the sha256 sums into the manifest, as a maintainer does once.
+        seconds: How long to wait for the host to answer at all, 3 by default.
+        say: Is told in a line where the weights come from, and for whom this process waits.
 
     Raises:
         HubError: If the file cannot be had or is not what it should be; the message says what to do.
@@ -40,10 +52,14 @@ def fetch(
     downloads = store_folder('downloads')
     with room_for(downloads):
         downloads.mkdir(parents=True, exist_ok=True)
-    with FileLock(downloads / f'.{entry.name}.lock'):
+    with _alone(downloads / f'.{entry.name}.lock', entry, say):
         if not force and _is_stored(entry):
             return None
-        file = download(entry, downloads)
+        say(
+            f"{entry.name} comes from its authors' host, {urlsplit(_address(entry)).netloc}, and is converted into "
+            f"'{store_folder(entry.name)}'"
+        )
+        file = download(entry, downloads, seconds)
         try:
             converted = convert_file(
                 file, store=True, weights=weights, overwrite=True, expected=entry.name, file_id=entry.file_id
@@ -59,12 +75,32 @@ def fetch(
     return converted
 
 
-def download(entry: Entry, folder: Path) -> Path:
+@contextmanager
+def _alone(lock: Path, entry: Entry, say: Callable[[str], None]) -> Iterator[None]:
+    """Let one process of all fetch a weight."""
+    locked = FileLock(lock)
+    try:
+        locked.acquire(timeout=1)
+    except Timeout:
+        say(f'{entry.name} is being fetched by another process; waiting for it')
+        locked.acquire()
+    try:
+        yield
+    finally:
+        locked.release()
+
+
+def _address(entry: Entry) -> str:
+    return os.environ.get('KW_HUB_FILE_HOST', HOST).format(id=entry.file_id)
+
+
+def download(entry: Entry, folder: Path, seconds: float | None = None) -> Path:
     """Download the authors' file with gdown, going on with a download that broke off.
 
     Args:
         entry: What to download.
         folder: Where to; parts stay there.
+        seconds: How long to wait for the host to answer at all, 3 by default.
 
     Returns:
         The file, which is one (no web page) and, where the manifest knows it, has the right sha256.
@@ -76,9 +112,12 @@ def download(entry: Entry, folder: Path) -> Path:
     except ImportError as error:
         raise HubError(f"kw-hub fetch needs gdown ({error}): pip install 'kw-timm[hub]'") from error
     file = folder / f'{entry.name}.pth'
-    url = os.environ.get('KW_HUB_FILE_HOST', HOST).format(id=entry.file_id)
+    url = _address(entry)
     by_hand = f'Or download {HOST.format(id=entry.file_id)} in a browser and run: kw-hub convert FILE --store'
     go_on = f"Run 'kw-hub fetch {entry.name}' again: it goes on where it stopped. {by_hand}"
+    reason = unreachable('{0.scheme}://{0.netloc}/'.format(urlsplit(url)), seconds)
+    if reason is not None:
+        raise HubError(f'{urlsplit(url).netloc} does not answer ({reason}). Check network and proxy. {go_on}')
     try:
         with room_for(file):
             gdown.download(

@@ -3,6 +3,7 @@
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+from kw_timm.weights.reach import unreachable
 from kw_timm.weights.store import RECORD, hub_repository, hub_revision, store_folder
 
 from .manifest import Entry, load_manifest
@@ -49,6 +50,9 @@ def _published() -> tuple[set[str], str]:
     """Return the repositories that the Hub has, and a remark if it could not be asked."""
     organisation = hub_repository('').rstrip('/')
     transport: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__mro__[1:2])
+    reason = None if constants.is_offline_mode() else unreachable(constants.ENDPOINT)
+    if reason is not None:
+        return set(), f'The Hub ({constants.ENDPOINT}) could not be asked: {reason}'
     try:
         return {model.id for model in HfApi().list_models(author=organisation)}, ''
     except OfflineModeIsEnabled:

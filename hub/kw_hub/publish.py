@@ -9,9 +9,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from kw_timm.weights.reach import unreachable
 from kw_timm.weights.store import WEIGHTS, hub_revision, sha256_of, store_folder
 
-from .card import model_card
+from .card import check_card, model_card
 from .errors import HubError
 from .known_answer import KNOWN_ANSWER
 from .manifest import Entry
@@ -82,6 +83,9 @@ def plan(
     wanted = contents(entry, result.repository, revision)
     if not compare:
         return Plan(result.repository, revision, True, wanted, True)
+    reason = None if constants.is_offline_mode() else unreachable(api.endpoint)
+    if reason is not None:
+        raise HubNotReachedError(f'{api.endpoint} does not answer ({reason}). Check network and proxy.')
     try:
         tags = {tag.name for tag in api.list_repo_refs(result.repository).tags}
         published = _tree(api, result.repository, 'main')
@@ -121,6 +125,10 @@ def publish(entry: Entry, organisation: str, revision: str | None = None, api: H
     api = api or HfApi()
     todo = plan(entry, organisation, revision, api)
     try:
+        if CARD in todo.files:
+            card = todo.files[CARD]
+            assert isinstance(card, bytes)
+            check_card(card.decode(), entry)
         if todo.create:
             api.create_repo(todo.repository, exist_ok=True)
         if todo.files:
@@ -128,6 +136,8 @@ def publish(entry: Entry, organisation: str, revision: str | None = None, api: H
             api.create_commit(todo.repository, operations, commit_message=f'Publish {entry.name}')
         if todo.tag:
             api.create_tag(todo.repository, tag=todo.revision)
+    except HubError:
+        raise
     except Exception as error:
         raise _explained(error, todo.repository) from error
     return todo

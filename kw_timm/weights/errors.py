@@ -1,8 +1,8 @@
-"""The error of weights that are not the network's."""
+"""Errors of weights that are not the network's, not there or damaged."""
 
 import textwrap
 
-__all__ = ['WeightsMismatchError', 'in_one_line']
+__all__ = ['DamagedWeightsError', 'WeightsMismatchError', 'WeightsNotFoundError', 'in_one_line']
 
 
 class WeightsMismatchError(ValueError, RuntimeError):
@@ -10,6 +10,14 @@ class WeightsMismatchError(ValueError, RuntimeError):
 
     A ``RuntimeError`` too, since that is what ``nn.Module.load_state_dict`` raises and callers catch.
     """
+
+
+class WeightsNotFoundError(RuntimeError):
+    """Pretrained weights are neither in the store nor to be had from anywhere."""
+
+
+class DamagedWeightsError(RuntimeError):
+    """A weight file is not what it was when it was stored or published."""
 
 
 def in_one_line(error: Exception) -> str:

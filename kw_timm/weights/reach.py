@@ -4,7 +4,7 @@ import threading
 import urllib.error
 import urllib.request
 
-__all__ = ['unreachable']
+__all__ = ['SECONDS', 'unreachable']
 
 SECONDS = 3.0
 
@@ -33,5 +33,5 @@ def unreachable(url: str, seconds: float | None = None) -> str | None:
     # A thread, since looking a name up knows no time limit.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(seconds + 0.5)
+    thread.join(seconds + 0.2)
     return found[0] if found else f'no answer within {seconds:g} s'

@@ -97,7 +97,7 @@ def static_weights(source: str | Path | Mapping[str, Any], model: nn.Module) -> 
     name = str(source)
     if ':' not in name and not timm.is_model(name.partition('.')[0]):
         raise ValueError(f"'{name}' is neither a file nor a network of timm's; give one of them, or a state dict.")
-    overlay = reachable(name, {})
+    name, overlay = reachable(name, {})
     static: nn.Module = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **shapes)
     return static.state_dict()
 

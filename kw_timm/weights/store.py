@@ -1,4 +1,4 @@
-"""Where ``pretrained=True`` finds weights: the local store first, then the Hub. Every file is checked before use.
+"""Where ``pretrained=True`` finds weights: local store, Hub, then what fetches. Every file is checked before use.
 
 The store is a folder, ``$KW_TIMM_HOME`` or ``kw_timm`` in the user's cache folder, with one subfolder per weight. Each
 is also what timm loads as ``local-dir:PATH``. ``kw-hub`` fills it; reading it needs nothing but this file.
@@ -18,7 +18,10 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import resolve_pretrained_cfg
 
-from .reach import unreachable
+from .errors import DamagedWeightsError, WeightsNotFoundError
+from .fetchers import fetch_missing, why_not
+from .reach import SECONDS, unreachable
+from .static import STATIC_NETWORKS
 
 __all__ = [
     'DamagedWeightsError',
@@ -41,17 +44,12 @@ TAG = 'osvai_in1k'
 WEIGHTS = 'model.safetensors'
 RECORD = 'weights.json'
 
+# Without network, Hub and fetcher together have given up by then.
+PATIENCE = 4.2
+
 RETRIES = 3
 _RETRY_STATUS = (429, 500, 502, 503, 504)
 _CHUNK = 1 << 20
-
-
-class WeightsNotFoundError(RuntimeError):
-    """Pretrained weights are neither in the store nor to be had from the Hub."""
-
-
-class DamagedWeightsError(RuntimeError):
-    """A weight file is not what it was when it was stored or published."""
 
 
 def store_folder(name: str = '') -> Path:
@@ -109,12 +107,13 @@ def pretrained_source(
     return {'source': '', 'file': str(file)}
 
 
-def find_weights(name: str, cache_dir: str | Path | None = None) -> Path:
-    """Return a checked weight file: from the store, else from the Hub (or its cache).
+def find_weights(name: str, cache_dir: str | Path | None = None, filename: str = WEIGHTS) -> Path:
+    """Return a checked weight file: from the store, else from the Hub (or its cache), else from what fetches.
 
     Args:
-        name: Weight, e.g. ``'kw4x_resnet50.osvai_in1k'``.
+        name: Weight, e.g. ``'kw4x_resnet50.osvai_in1k'``; also the repository's name on the Hub.
         cache_dir: Folder instead of the Hub's usual cache.
+        filename: Name of the file in the repository.
 
     Raises:
         WeightsNotFoundError: If there are none; the message names the commands that get them.
@@ -123,20 +122,31 @@ def find_weights(name: str, cache_dir: str | Path | None = None) -> Path:
     folder = store_folder(name)
     if folder.is_dir():
         return check_stored(folder)
-    repository = hub_repository(name)
+    repository, began = hub_repository(name), time.monotonic()
     try:
-        return hub_file(repository, WEIGHTS, hub_revision(), cache_dir)
+        return hub_file(repository, filename, hub_revision(), cache_dir)
     except WeightsNotFoundError as error:
-        variant = name.partition('.')[0]
-        raise WeightsNotFoundError(
-            f"No pretrained weights of {variant}. They are not in the local store '{folder}', and the Hub did not give "
-            f'them: {error}\nOne of these helps:\n'
-            f"  kw-hub fetch {variant}\n      downloads and converts the authors' file\n"
-            f"  kw-hub convert FILE --store\n      takes the authors' file, downloaded by other means\n"
-            f'  hf download {repository} --revision {hub_revision()}\n'
-            f'      fills the cache, where the Hub can be reached\n'
-            f'Or create the model with random weights: pretrained=False.'
-        ) from error
+        asked = error
+    reason = why_not()
+    if reason is None:
+        try:
+            fetched = fetch_missing(name, min(SECONDS, max(1.0, PATIENCE - (time.monotonic() - began))))
+        except WeightsNotFoundError as error:
+            reason = f'Nor were they fetched: {error}'
+        else:
+            if fetched is not None:
+                return check_stored(fetched)
+            reason = 'Nothing installed fetches them.'
+    variant = name.removesuffix(f'.{TAG}')
+    raise WeightsNotFoundError(
+        f"No pretrained weights of {variant}. They are not in the local store '{folder}', and the Hub did not give "
+        f'them: {asked}\n{reason}\nOne of these helps:\n'
+        f"  kw-hub fetch {variant}\n      downloads and converts the authors' file\n"
+        f"  kw-hub convert FILE --store\n      takes the authors' file, downloaded by other means\n"
+        f'  hf download {repository} --revision {hub_revision()}\n'
+        f'      fills the cache, where the Hub can be reached\n'
+        f'Or go on without them: random weights are pretrained=False, init_cfg=None in a config.'
+    ) from asked
 
 
 def check_stored(folder: Path) -> Path:
@@ -189,7 +199,7 @@ def hub_file(repository: str, filename: str, revision: str | None, cache_dir: st
         WeightsNotFoundError: If it cannot be had; the message says why and what to do.
         DamagedWeightsError: If what arrived is not what was published. It is removed from the cache.
     """
-    from huggingface_hub import constants, errors, hf_hub_download
+    from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
 
     # The client's own transport errors, whichever HTTP library it is built on.
     http_error: type[Exception] = getattr(errors, 'HTTPError', OSError)
@@ -197,13 +207,19 @@ def hub_file(repository: str, filename: str, revision: str | None, cache_dir: st
 
     for attempt in range(RETRIES + 1):
         try:
+            if cache_alone:
+                # Without the client, which asks the Hub once for other things even then.
+                cached = try_to_load_from_cache(repository, filename, cache_dir, revision)
+                if not isinstance(cached, str):
+                    raise errors.LocalEntryNotFoundError(f'{filename} is not in the cache')
+                path = Path(cached)
+                break
             path = Path(
                 hf_hub_download(
                     repository,
                     filename,
                     revision=revision,
                     cache_dir=cache_dir,
-                    local_files_only=cache_alone,
                     library_name='kw_timm',
                 )
             )
@@ -269,20 +285,29 @@ def _reason(error: Exception, repository: str, filename: str, revision: str | No
     return f"'{filename}' of {where} did not arrive whole: {str(error).splitlines()[0]} Try again."
 
 
-def reachable(name: str, overlay: dict[str, Any]) -> dict[str, Any]:
-    """Say where to load from, as an overlay of timm's cfg, after asking whether the host answers.
+def reachable(name: str, overlay: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Say where to load from, after asking whether the host answers.
+
+    Args:
+        name: timm network, with a tag or not; the method's authors' static networks have the tag ``osvai_in1k``.
+        overlay: Changes to timm's cfg of it.
+
+    Returns:
+        Name for ``timm.create_model``, and the overlay to use.
 
     Raises:
-        WeightsNotFoundError: If it does not, and nothing is in the cache.
+        WeightsNotFoundError: If it does not answer, and nothing is in the cache.
     """
     variant, _, tag = name.partition('.')
+    if tag == TAG and variant in STATIC_NETWORKS and not overlay:
+        return variant, {'file': str(find_weights(name))}
     if ':' in name or 'state_dict' in overlay or (variant.startswith('kw') and not overlay):
-        return overlay  # A file, or a network that asks by itself.
+        return name, overlay  # A file, or a network that asks by itself.
     cfg = resolve_pretrained_cfg(variant, tag or None, overlay)
     if not overlay and cfg.hf_hub_id:
-        return pretrained_source(variant, tag or None, {'url': ''})
+        return name, pretrained_source(variant, tag or None, {'url': ''})
     copy = Path(torch.hub.get_dir(), 'checkpoints', Path(urlsplit(cfg.url or '').path).name)
     reason = unreachable(cfg.url) if cfg.url and not copy.is_file() else None
     if reason is not None:
         raise WeightsNotFoundError(f"'{cfg.url}' does not answer ({reason}). Check address, network and proxy.")
-    return overlay
+    return name, overlay
