@@ -69,7 +69,7 @@ def make_config(
         scale: Width and height that images are fitted into.
     """
     start = dict(STARTS[name])
-    backbone = network(static, variant) if start.pop('kw') else dict(name=static)
+    backbone: dict[str, Any] = network(static, variant) if start.pop('kw') else dict(name=static)
     if how := start.pop('init_cfg', None):
         backbone['init_cfg'] = dict(type=how, checkpoint=str(checkpoint))
     classes = tuple(category['name'] for category in json.loads(train.read_text())['categories'])

@@ -137,7 +137,7 @@ def train(run: Run, images: torch.Tensor, classes: torch.Tensor) -> dict[str, An
     network = build(run)
     attention = [p for name, p in network.named_parameters() if '.attention.' in name]
     inside = {id(p) for p in attention}
-    groups = [{'params': [p for p in network.parameters() if id(p) not in inside]}]
+    groups: list[dict[str, Any]] = [{'params': [p for p in network.parameters() if id(p) not in inside]}]
     if attention:
         groups.append({'params': attention, 'lr': run.lr * run.attention_lr})
     optimizer = torch.optim.AdamW(groups, run.lr, weight_decay=0.01, fused=True)

@@ -40,7 +40,7 @@ class KWNetwork(nn.Module):
     def _model_args(self) -> dict[str, Any]:
         """The arguments that timm notes at a network, from which it is built again; all are plain data."""
         try:
-            return self.__dict__['_model_args']  # type: ignore[no-any-return]
+            return self.__dict__['_model_args']
         except KeyError:
             raise AttributeError('_model_args') from None
 
