@@ -210,13 +210,14 @@ def draw(results: Sequence[dict[str, Any]], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     starts = sorted({result['start'] for result in results})
+    common = set.intersection(*(set(kind.split('_')[1:]) for kind in by_kind(results)))
     figure, axes = plt.subplots(1, len(starts), figsize=(5 * len(starts), 4), squeeze=False, layout='constrained')
     for axis, start in zip(axes[0], starts, strict=True):
         for kind, runs in by_kind([result for result in results if result['start'] == start]).items():
             losses = np.array([run['loss'] for run in runs])
             mean, spread = losses.mean(0), losses.std(0, ddof=1) if len(runs) > 1 else np.zeros(losses.shape[1])
             epochs = np.arange(1, len(mean) + 1)
-            name = kind.replace(f'_{start}', '').replace('_', ' ')
+            name = ' '.join(part for part in kind.split('_') if part not in {start, *common})
             (line,) = axis.plot(epochs, mean, marker='o', markersize=3, label=name)
             axis.fill_between(epochs, mean - spread, mean + spread, alpha=0.2, color=line.get_color(), linewidth=0)
         axis.set(title=f'from {start} weights', xlabel='epoch', ylabel='test loss', yscale='log')
@@ -251,6 +252,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             with new_file(file) as filling:
                 filling.write_text(json.dumps(result))
     results = [json.loads(file.read_text()) for file in sorted(args.work_dir.glob('*.json'))]
+    if not results:
+        raise SystemExit(f'{args.work_dir} holds no training yet; name some with --runs.')
     print(table(results))
     draw(results, args.work_dir / 'curves.png')
     print(f'curves: {args.work_dir / "curves.png"}')
