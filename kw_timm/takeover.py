@@ -37,7 +37,8 @@ def take_over(
             root mean square of the layer's kernel, ``'copies'`` of the mixture's own cell with a tenth of noise,
             ``'residuals'``, what other mixtures' cells are more than its own, or ``'zeros'``, which mixtures are made
             of to a fifth. Gradients reach zeros from the first step, the others from the second, when the attention
-            has begun to use them.
+            has begun to use them. In fine-tuning a network of 4x, none was better than another by more than the spread
+            of three seeds (test loss 0.142 to 0.152, each +- 0.007 to 0.027; see docs/warm-start.md).
 
     Returns:
         By layer how far its kernel is from the static one, in the root of squares, relative. Empty if nothing was to

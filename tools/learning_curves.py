@@ -203,7 +203,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def draw(results: Sequence[dict[str, Any]], file: Path) -> None:
-    """Draw the test loss over epochs, a picture for each start: means, and standard deviations as bands."""
+    """Draw the test loss over epochs, a picture for each start: geometric means, and standard deviations as bands."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -213,13 +213,15 @@ def draw(results: Sequence[dict[str, Any]], file: Path) -> None:
     common = set.intersection(*(set(kind.split('_')[1:]) for kind in by_kind(results)))
     figure, axes = plt.subplots(1, len(starts), figsize=(5 * len(starts), 4), squeeze=False, layout='constrained')
     for axis, start in zip(axes[0], starts, strict=True):
-        for kind, runs in by_kind([result for result in results if result['start'] == start]).items():
-            losses = np.array([run['loss'] for run in runs])
+        kinds = by_kind([result for result in results if result['start'] == start])
+        for kind, runs in sorted(kinds.items(), key=lambda item: list(NETWORKS).index(item[1][0]['network'])):
+            losses = np.log([run['loss'] for run in runs])
             mean, spread = losses.mean(0), losses.std(0, ddof=1) if len(runs) > 1 else np.zeros(losses.shape[1])
             epochs = np.arange(1, len(mean) + 1)
             name = ' '.join(part for part in kind.split('_') if part not in {start, *common})
-            (line,) = axis.plot(epochs, mean, marker='o', markersize=3, label=name)
-            axis.fill_between(epochs, mean - spread, mean + spread, alpha=0.2, color=line.get_color(), linewidth=0)
+            (line,) = axis.plot(epochs, np.exp(mean), marker='o', markersize=3, label=name)
+            band = np.exp(mean - spread), np.exp(mean + spread)
+            axis.fill_between(epochs, *band, alpha=0.2, color=line.get_color(), linewidth=0)
         axis.set(title=f'from {start} weights', xlabel='epoch', ylabel='test loss', yscale='log')
         axis.set_xticks(epochs)
         axis.legend(fontsize='small')
