@@ -15,7 +15,7 @@ from .layers.start import check_init
 from .plans import WarehousePlan, check_sizes, kernel_shape, naming, plan_sizes
 from .recording import recorded
 from .replaceable import check_replaceable, counterpart
-from .takeover import WEIGHTS, kernel_std, take_over
+from .takeover import FREE, WEIGHTS, kernel_std, take_over
 
 __all__ = ['WarehousePlan', 'drop_unused_warehouses', 'kernelize']
 
@@ -49,6 +49,7 @@ def kernelize(
     *,
     weights: str = 'new',
     init: str = 'live',
+    free: str = 'random',
     max_weights: float | None = None,
 ) -> nn.ModuleDict:
     """Replace planned layers of a network by KW layers, in place, and allocate their warehouses.
@@ -68,6 +69,8 @@ def kernelize(
             the kernels are the nearest in the sense of least squares, and ``warehouses.errors`` says by layer how near.
         init: With new weights ``'live'``, or ``'published'`` for the paper's ImageNet recipes, which need the
             temperature annealed; see :mod:`kw_timm.layers.start`.
+        free: With kept weights and ``b > 1``, what cells begin as that no mixture needs yet: ``'random'``,
+            ``'copies'``, ``'residuals'`` or ``'zeros'``; outputs are the same. See :func:`~kw_timm.takeover.take_over`.
         max_weights: Most weights that the plan may make, in cells and attentions; None for 20 times those of the
             kernels that are replaced (at least 10 million), ``math.inf`` for any number.
             :func:`~kw_timm.plan_sizes` shows what a plan makes.
@@ -78,14 +81,14 @@ def kernelize(
     Raises:
         ValueError: If the plan names a layer that is missing, of another type or planned twice; one whose weight is
             tied, parametrized, pruned, or read by the module above it instead of the layer being called; one with
-            hooks; if a warehouse cannot be partitioned; if the plan makes too many weights; or if ``weights`` or
-            ``init`` is unknown. Nothing is allocated, and the network is unchanged.
+            hooks; if a warehouse cannot be partitioned; if the plan makes too many weights; or if ``weights``,
+            ``init`` or ``free`` is unknown. Nothing is allocated, and the network is unchanged.
 
     Example:
         >>> model = timm.create_model('resnet18')
         >>> kernelize(model, {'last': WarehousePlan(['layer4.1.conv1', 'layer4.1.conv2'])})
     """
-    _check_start(weights, init)
+    _check_start(weights, init, free)
     modules = dict(model.named_modules())
     order = {name: i for i, name in enumerate(modules)}
     registered = getattr(model, 'warehouses', None)
@@ -93,7 +96,7 @@ def kernelize(
 
     check_sizes(plan_sizes(model, plan, norm_layer), max_weights)
     _check_cells(plan, modules, order)
-    added, replacements = _make(plan, modules, order, norm_layer, weights, init)
+    added, replacements = _make(plan, modules, order, norm_layer, weights, init, free)
     added.train(model.training)
     if registered is None:
         registered = _register_first(model, added)
@@ -130,6 +133,7 @@ def _make(
     norm_layer: NormLayer,
     weights: str,
     init: str,
+    free: str,
 ) -> tuple['_Warehouses', dict[str, KWLayer]]:
     """Make warehouses and layers, on the device of what they replace."""
     made: dict[str, Warehouse] = {}
@@ -146,14 +150,17 @@ def _make(
             for i, layer in enumerate(layers):
                 replacements[layer] = _kw_layer(modules[layer], made[name], i, entry, norm_layer, factory)
         if init != 'published':
-            errors |= take_over(made[name], {layer: (replacements[layer], modules[layer]) for layer in layers}, weights)
+            taken = {layer: (replacements[layer], modules[layer]) for layer in layers}
+            errors |= take_over(made[name], taken, weights, free)
     warehouses = _Warehouses(made)
     warehouses.errors = errors
     return warehouses, replacements
 
 
-def _check_start(weights: str, init: str) -> None:
+def _check_start(weights: str, init: str, free: str) -> None:
     check_init(init)
+    if free not in FREE:
+        raise ValueError(f'free must be one of {", ".join(map(repr, FREE))}, got {free!r}.')
     if weights not in WEIGHTS:
         raise ValueError(
             f"weights must be 'new' (the default) or 'keep' (what the layers have learnt), got {weights!r}."

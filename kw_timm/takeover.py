@@ -9,9 +9,12 @@ from .layers import KWLayer, Warehouse
 from .layers.start import ALIVE, gain
 from .ops.straightforward import arrange_gradient
 
-__all__ = ['WEIGHTS', 'kernel_std', 'take_over']
+__all__ = ['FREE', 'WEIGHTS', 'kernel_std', 'take_over']
 
 WEIGHTS = ('new', 'keep')
+FREE = ('random', 'copies', 'residuals', 'zeros')
+# How much of a mixture, in magnitudes, is made of cells that are zero, so that these learn from the first step.
+_SPARE = 0.2
 
 
 def kernel_std(static: Any) -> float | None:
@@ -20,7 +23,9 @@ def kernel_std(static: Any) -> float | None:
 
 
 @torch.no_grad()
-def take_over(warehouse: Warehouse, layers: Mapping[str, tuple[KWLayer, Any]], weights: str) -> dict[str, float]:
+def take_over(
+    warehouse: Warehouse, layers: Mapping[str, tuple[KWLayer, Any]], weights: str, free: str = 'random'
+) -> dict[str, float]:
     """Start KW layers from static ones.
 
     Args:
@@ -28,6 +33,12 @@ def take_over(warehouse: Warehouse, layers: Mapping[str, tuple[KWLayer, Any]], w
         layers: All of them by name: the KW layer, and the static layer that it replaces (its weight and bias).
         weights: ``'keep'``: kernels are the static layers', whatever the input, or the nearest that the cells can make;
             ``'new'``: the same where every mixture has a cell of its own, and they vary with the input a little.
+        free: What cells begin as that no mixture needs yet, of which each mixture has ``b - 1``: ``'random'`` with the
+            root mean square of the layer's kernel, ``'copies'`` of the mixture's own cell with a tenth of noise,
+            ``'residuals'``, what other mixtures' cells are more than its own, or ``'zeros'``, which mixtures are made
+            of to a fifth. Gradients reach zeros from the first step, the others from the second, when the attention
+            has begun to use them. In fine-tuning a network of 4x, none was better than another by more than the spread
+            of three seeds (test loss 0.142 to 0.152, each +- 0.007 to 0.027; see docs/warm-start.md).
 
     Returns:
         By layer how far its kernel is from the static one, in the root of squares, relative. Empty if nothing was to
@@ -41,12 +52,36 @@ def take_over(warehouse: Warehouse, layers: Mapping[str, tuple[KWLayer, Any]], w
         return _approximate(warehouse, layers) if weights == 'keep' else {}
     alive = 0.0 if weights == 'keep' else ALIVE
     for layer, static in layers.values():
-        attention = layer.attention
-        if weights == 'keep':
-            attention.begin(attention.codes, alive)
+        attention, spare = layer.attention, 0.0
         pieces = _pieces(layer, static).to(warehouse.weight)
-        warehouse.weight[list(attention.assigned)] = pieces * gain(attention.num_cells, alive)
+        assigned = torch.tensor(attention.assigned, device=pieces.device)
+        if weights == 'keep':
+            unused = [assigned + i for i in range(1, int(warehouse.partition.cell_num_ratio))]
+            codes = attention.codes
+            if free == 'zeros' and unused:
+                codes, spare = _with_spare(codes, torch.stack(unused, 1)), _SPARE
+            attention.begin(codes, alive)
+            for i, cells in enumerate(unused, 1):
+                warehouse.weight[cells] = _free_cells(pieces, i, free)
+        warehouse.weight[assigned] = pieces * gain(attention.num_cells, alive) / (1 - spare)
     return dict.fromkeys(layers, 0.0) if weights == 'keep' else {}
+
+
+def _free_cells(pieces: torch.Tensor, i: int, how: str) -> torch.Tensor:
+    """Return every mixture's ``i``-th free cell, ``(m, co, ci, *window)``."""
+    noise = torch.randn_like(pieces) * pieces.square().mean().sqrt()
+    if how == 'copies':
+        return pieces + 0.1 * noise
+    if how == 'residuals' and len(pieces) > i:
+        return pieces.roll(-i, 0) - pieces
+    return torch.zeros_like(pieces) if how == 'zeros' else noise
+
+
+def _with_spare(codes: torch.Tensor, unused: torch.Tensor) -> torch.Tensor:
+    """Make a share of every mixture ``(m, n + 1)`` of its free cells ``(m, b - 1)``, each with a random coefficient."""
+    drawn = torch.randn(unused.shape, device=codes.device, dtype=codes.dtype)
+    shares = torch.zeros_like(codes).scatter_(1, unused, drawn / drawn.abs().sum(1, keepdim=True))
+    return (1 - _SPARE) * codes + _SPARE * shares
 
 
 def _pieces(layer: KWLayer, static: Any) -> torch.Tensor:

@@ -259,10 +259,9 @@ class _Handler(BaseHTTPRequestHandler):
         content = json.loads(self.data)['content']
         front = re.match(r'---\n(.*?)\n---\n', content, re.DOTALL)
         metadata = yaml.safe_load(front[1]) if front else {}
-        missing = [key for key in ('license', 'library_name', 'pipeline_tag', 'model-index') if key not in metadata]
-        self._json(
-            {'errors': [{'message': f'missing {key}'} for key in missing], 'warnings': []}, 400 if missing else 200
-        )
+        missing = [key for key in ('license', 'library_name', 'pipeline_tag') if key not in metadata]
+        errors = [{'message': f'missing {key}'} for key in missing]
+        self._json({'errors': errors, 'warnings': []}, 400 if missing else 200)
 
     def preupload(self, name: str, revision: str) -> None:
         repository = self._repository(name, write=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from hub_server import TOKEN
 from networks import images
 from torch import nn
 
@@ -79,6 +80,14 @@ def test_hub(hub, tmp_path):
     hub.add('someone/theirs', {file.name: file.read_bytes() for file in tmp_path.iterdir()})
     for repository in ('hf-hub:someone/theirs', 'hf-hub:someone/theirs@main'):
         assert torch.equal(timm.create_model(repository, pretrained=True).eval()(x), model(x))
+
+
+@torch.no_grad()
+def test_pushed_to_the_hub(hub):
+    model, x = kernelized(2), images(2, 64)
+    timm.models.push_to_hf_hub(model, 'someone/mine', token=TOKEN, safe_serialization=True)
+    assert {'config.json', 'model.safetensors', 'README.md'} <= set(hub.repositories['someone/mine'].commits[-1][1])
+    assert torch.equal(timm.create_model('hf-hub:someone/mine', pretrained=True).eval()(x), model(x))
 
 
 @torch.no_grad()
@@ -190,6 +199,18 @@ def test_starts_from_the_static_network():
     file = {key: value.clone() for key, value in static.state_dict().items()}
     model = timm.create_model('kernelized', static=STATIC, plan=plan, pretrained_static=file).eval()
     torch.testing.assert_close(model(x), static(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('given', [Path, torch.load])
+def test_any_source_of_static_weights_can_be_saved(given, tmp_path):
+    file = tmp_path / 'static.pth'
+    torch.save(timm.create_model(STATIC).state_dict(), file)
+    plan = {'last': WarehousePlan(['layer4.0.conv1', 'layer4.0.conv2'])}
+    model = timm.create_model('kernelized', static=STATIC, plan=plan, pretrained_static=given(file)).eval()
+    name, x = saved(model, tmp_path), images(2, 64)
+    assert set(json.loads((tmp_path / 'config.json').read_text())['model_args']) >= {'static', 'plan'}
+    assert torch.equal(timm.create_model(name, pretrained=True).eval()(x), model(x))
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from kw_timm.models.kw_mobilenetv2 import mobilenetv2_plan
 from kw_timm.models.kw_resnet import resnet_plan
 from kw_timm.ops.straightforward import assemble_kernels
 from kw_timm.random_weights import fit_norms
+from kw_timm.takeover import FREE
 from kw_timm.weights import WeightsMismatchError
 
 
@@ -182,6 +183,27 @@ def test_a_trained_network_is_kept_exactly(name, budget):
     assert all(w.weight.grad.abs().max() > 0 for w in network.warehouses.values())
     static.eval(), network.eval()
     torch.testing.assert_close(network.float()(x.float()), static.float()(x.float()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('free', FREE)
+def test_free_cells_change_nothing_and_learn(free):
+    """Three of four cells are needed by no mixture: whatever they begin as, outputs stay and gradients reach them."""
+    torch.manual_seed(0)
+    static = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)).double()
+    network = kernelize_copy(static, {'all': WarehousePlan(['0', '2'], 4)}, weights='keep', free=free)
+    x = torch.rand(4, 8, 7, 7).double()
+    torch.testing.assert_close(network(x), static(x), rtol=1e-12, atol=1e-12)
+    optimizer = torch.optim.SGD(network.parameters(), 1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        network(x).square().mean().backward()
+        optimizer.step()
+    assert (network.warehouses['all'].weight.grad.flatten(1).abs().amax(1) > 0).all()
+
+
+def test_unknown_free_cells():
+    with pytest.raises(ValueError, match=r"free must be one of 'random', .*, got 'ones'"):
+        kernelize(nn.Sequential(nn.Conv2d(8, 8, 3)), {'a': WarehousePlan(['0'])}, weights='keep', free='ones')
 
 
 def test_everything_static_is_untouched():

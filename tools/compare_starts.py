@@ -4,10 +4,13 @@ Trains small Faster R-CNNs of the same budget on images with boxes in COCO's for
 mean and spread of their AP:
 
 * from random weights: static; KW as new networks begin; KW by the published initialization, with annealing;
-* from the static run's weights: static again; KW that computes what the static network computes.
+* from a static network's weights (``--weights``, or the static run's): static again; KW that computes what the static
+  network computes.
 
 Example:
     python tools/compare_starts.py train.json val.json images/ --epochs 4 --seeds 3
+    python tools/compare_starts.py train.json val.json images/ --starts 'static from static' 'kw from static' --kw 1 4
+        --static resnet50 --weights timm://resnet50.a1_in1k
 """
 
 import argparse
@@ -19,13 +22,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 from kw_mmdet.generation import GENERATION
 from kw_mmdet.programs import load_config
 from tqdm import tqdm
 
+from kw_timm import derive_plan, plan_to_json
+from kw_timm.pyramid import PyramidFeatures
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / 'configs/shapes/mask_rcnn_kw1x_mobilenetv2_050_fpn_shapes.py'
-SCALE = (320, 240)
 # Name -> KW or static, further arguments of the backbone; what is in {} is filled in.
 STARTS: dict[str, dict[str, Any]] = {
     'static': dict(kw=False),
@@ -37,7 +43,16 @@ STARTS: dict[str, dict[str, Any]] = {
 
 
 def make_config(
-    name: str, train: Path, val: Path, images: Path, static: str, variant: str, epochs: int, checkpoint: Path
+    name: str,
+    train: Path,
+    val: Path,
+    images: Path,
+    static: str,
+    variant: str,
+    epochs: int,
+    checkpoint: Path | str,
+    lr: float = 1e-3,
+    scale: tuple[int, int] = (320, 240),
 ) -> Any:
     """Return the config of one start.
 
@@ -47,17 +62,21 @@ def make_config(
         val: Annotations to evaluate on.
         images: Folder of the images of both.
         static: timm name of the static network.
-        variant: That of the KW network.
+        variant: See :func:`network`.
         epochs: Epochs; the learning rate falls by ten before the last fifth.
-        checkpoint: Trained static detector.
+        checkpoint: Weights to start from: a trained static detector, a classifier, or ``timm://NAME``.
+        lr: AdamW's learning rate.
+        scale: Width and height that images are fitted into.
     """
     start = dict(STARTS[name])
-    backbone: dict[str, Any] = dict(name=variant if start.pop('kw') else static)
+    backbone: dict[str, Any] = network(static, variant) if start.pop('kw') else dict(name=static)
     if how := start.pop('init_cfg', None):
-        backbone['init_cfg'] = dict(type=how, checkpoint=str(checkpoint), prefix='backbone.')
+        backbone['init_cfg'] = dict(type=how, checkpoint=str(checkpoint))
     classes = tuple(category['name'] for category in json.loads(train.read_text())['categories'])
     config = load_config(str(CONFIG))
     config.model.backbone.update(backbone | start)
+    shape: dict[str, Any] = {key: value for key, value in backbone.items() if key != 'init_cfg'}
+    config.model.neck.in_channels = list(PyramidFeatures(**shape).out_channels)
     config.model.roi_head.update(mask_head=None, mask_roi_extractor=None)
     config.model.roi_head.bbox_head.num_classes = len(classes)
     config.model.rpn_head.anchor_generator.scales = [8]
@@ -68,6 +87,7 @@ def make_config(
             part.update(ann_file=str(file), img_prefix=f'{images}/', classes=classes)
         config.runner.max_epochs = epochs
         config.lr_config.step = [last]
+        config.optimizer.lr = lr
         config.evaluation.update(interval=epochs, metric='bbox')
     else:
         parts = [config[f'{split}_dataloader'].dataset for split in ('train', 'val', 'test')]
@@ -77,24 +97,35 @@ def make_config(
             evaluator.update(ann_file=str(val), metric='bbox')
         config.train_cfg.update(max_epochs=epochs, val_interval=epochs)
         config.param_scheduler[-1].milestones = [last]
+        config.optim_wrapper.optimizer.lr = lr
     for part in parts:
-        _without_masks(part.pipeline)
+        _prepare_images(part.pipeline, scale)
     if start.get('init') == 'published':
         config.custom_hooks = [*config.custom_hooks, dict(type='TemperatureHook', epochs=max(epochs // 2, 1))]
     return config
 
 
-def _without_masks(steps: Sequence[Any]) -> None:
+def network(static: str, variant: str) -> dict[str, Any]:
+    """Return the backbone's arguments for a KW network: by its name, or cells per mixture of a plan that is derived."""
+    try:
+        budget = float(variant)
+    except ValueError:
+        return dict(name=variant)
+    plan = plan_to_json(derive_plan(timm.create_model(static, num_classes=0), budget))
+    return dict(name='kernelized', static=static, plan=plan)
+
+
+def _prepare_images(steps: Sequence[Any], scale: tuple[int, int]) -> None:
     for step in steps:
         if 'transforms' in step:
-            _without_masks(step.transforms)
+            _prepare_images(step.transforms, scale)
         if step.type == 'LoadAnnotations':
             step.with_mask = False
         if 'keys' in step and step.type == 'Collect':
             step['keys'] = [key for key in step['keys'] if key != 'gt_masks']
         for key in ('img_scale', 'scale'):
             if key in step:
-                step[key] = SCALE
+                step[key] = scale
         if step.type == 'RandomFlip' and 'direction' in step:
             step.direction = 'horizontal'
 
@@ -131,24 +162,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('val', type=Path, help='annotations to evaluate on')
     parser.add_argument('images', type=Path, help='folder of the images')
     parser.add_argument('--static', default='mobilenetv2_050', help='static network (default: %(default)s)')
-    parser.add_argument('--kw', default='kw1x_mobilenetv2_050', help='KW network (default: %(default)s)')
+    parser.add_argument('--kw', nargs='+', default=['kw1x_mobilenetv2_050'], help='names, or cells per mixture')
+    parser.add_argument('--weights', help="to start from: file or timm://NAME (default: the static runs' detectors)")
     parser.add_argument('--epochs', type=int, default=4, help='epochs of each training (default: %(default)s)')
+    parser.add_argument('--lr', type=float, default=1e-3, help="AdamW's learning rate (default: %(default)s)")
+    parser.add_argument('--scale', type=int, nargs=2, default=(320, 240), help='size of images (default: 320 240)')
     parser.add_argument('--seeds', type=int, default=3, help='trainings of each kind (default: %(default)s)')
     parser.add_argument('--starts', nargs='+', choices=STARTS, default=list(STARTS), help='(all)')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/starts'), help='default: %(default)s')
     args = parser.parse_args(argv)
-    found: dict[str, list[float]] = {name: [] for name in args.starts}
-    runs = [(seed, name) for seed in range(args.seeds) for name in args.starts]
-    for seed, name in tqdm(runs, unit='training'):
-        static = args.work_dir / f'static_{seed}'
+    kinds = [(start, kw) for start in args.starts for kw in (args.kw if STARTS[start]['kw'] else [''])]
+    found: dict[str, list[float]] = {f'{start} {kw}'.strip(): [] for start, kw in kinds}
+    for seed, (start, kw) in tqdm([(seed, kind) for seed in range(args.seeds) for kind in kinds], unit='training'):
+        name = f'{start} {kw}'.strip()
         config = make_config(
-            name, args.train, args.val, args.images, args.static, args.kw, args.epochs, static / 'latest.pth'
+            start,
+            *(args.train, args.val, args.images, args.static, kw, args.epochs),
+            args.weights or args.work_dir / f'static_{seed}/latest.pth',
+            args.lr,
+            tuple(args.scale),
         )
         found[name].append(train(config, args.work_dir / f'{name.replace(" ", "_")}_{seed}', seed))
+        tqdm.write(f'{name}, seed {seed}: {found[name][-1]:.3f}')
     print(f'\nAP of boxes after {args.epochs} epochs, mean and standard deviation of {args.seeds} seeds')
     for name, values in found.items():
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        print(f'{name:20}{statistics.mean(values):.3f} +- {spread:.3f}   ({", ".join(f"{v:.3f}" for v in values)})')
+        print(f'{name:50}{statistics.mean(values):.3f} +- {spread:.3f}   ({", ".join(f"{v:.3f}" for v in values)})')
     print(f'everything else: {args.work_dir}')
 
 

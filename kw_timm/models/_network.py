@@ -12,6 +12,7 @@ from torch import nn
 
 from ..kernelize import drop_unused_warehouses
 from ..layers.attention import KWAttention
+from ..plan_json import plan_from_json, plan_to_json
 from ..temperature import anneal
 from ..weights import WeightsMismatchError, read_weight_file, to_timm_state_dict, unwrap_weights
 from ..weights.errors import in_one_line
@@ -35,6 +36,22 @@ class KWNetwork(nn.Module):
 
     family: str
     warehouses: nn.ModuleDict
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """The arguments that timm notes at a network, from which it is built again; all are plain data."""
+        try:
+            return self.__dict__['_model_args']
+        except KeyError:
+            raise AttributeError('_model_args') from None
+
+    @_model_args.setter
+    def _model_args(self, args: Mapping[str, Any]) -> None:
+        # Where the first weights came from, a path or tensors, is no part of what a saved network is.
+        kept = {key: value for key, value in args.items() if key != 'pretrained_static'}
+        if 'plan' in kept:
+            kept['plan'] = plan_to_json(plan_from_json(kept['plan']))
+        self.__dict__['_model_args'] = kept
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
         """Remove the layers behind the last wanted feature, and warehouses that nothing else uses; see timm."""
