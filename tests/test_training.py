@@ -1,6 +1,7 @@
 """`kw-timm train` and `kw-timm validate`, as people run them, with tiny networks."""
 
 import csv
+import multiprocessing
 import os
 import random
 import resource
@@ -126,6 +127,47 @@ def test_killed_three_times(tmp_path, workers):
         process.wait()
     assert train(tmp_path / 'run', *options, '--resume') == 0
     assert_same_run(last(tmp_path / 'run'), last(tmp_path / 'whole'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('asked', [signal.SIGTERM, signal.SIGINT])
+def test_a_whole_group_of_processes_is_asked_to_stop(tmp_path, asked):
+    """As Ctrl-C, `timeout` and job schedulers do it: workers hear it, too."""
+    options = ['--workers', '2', '--generated', '64', '--epochs', '50', '--temperature-epochs', '2']
+    command = [sys.executable, '-m', 'kw_timm', 'train', *SHORT, '--output', str(tmp_path / 'run'), *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / 'run/last.pth.tar').exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, asked)
+    text = process.communicate(timeout=100)[1]
+    assert process.returncode == 130, text
+    assert 'Traceback' not in text
+    assert 'go on from there with --resume' in text
+    done = last(tmp_path / 'run')['run']
+    command[command.index('50')] = str(done['epoch'] + 2)
+    assert subprocess.run([*command, '--resume'], capture_output=True, timeout=200).returncode == 0
+    assert last(tmp_path / 'run')['run']['epoch'] == done['epoch'] + 2
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_while_the_network_computes(tmp_path, capsys, monkeypatch):
+    """torch raises the error wherever the process is."""
+    convolve = torch.nn.functional.conv2d
+
+    def killing(*arguments, **options):
+        if (tmp_path / 'run/last.pth.tar').exists():
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGKILL)
+            time.sleep(1)
+        return convolve(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, 'conv2d', killing)
+    assert train(tmp_path / 'run', '--workers', '1') == 2
+    text = capsys.readouterr().err
+    assert 'DataLoader worker' in text, text
+    assert 'go on from there with --resume' in text
+    assert last(tmp_path / 'run')['run']['epoch'] == 1
 
 
 def _modified(file: Path) -> float:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = [
     'loader_for',
     'make_dataset',
     'uniform_drop_path',
+    'unreadable',
 ]
 
 
@@ -134,6 +136,7 @@ def loader_for(
         device=device,
         img_dtype=getattr(torch, settings.model_dtype),
         persistent_workers=False,
+        worker_seeding=_begin_worker,
     )
     if recipe is None:
         size = settings.validation_batch_size or settings.batch_size
@@ -171,6 +174,27 @@ def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
     return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
 
 
+def _begin_worker(worker: Any) -> int:
+    """Let a worker outlive the signal that asks all processes of a group to stop: the run goes on to the step's end.
+
+    Ctrl-C, ``timeout`` and job schedulers send it to the whole group. A second SIGTERM ends the worker, as does the end
+    of its loader.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    seed: int = worker.seed  # As without this function.
+    return seed
+
+
+def unreadable(error: BaseException) -> DataError:
+    """Return what is to be said of an error while images are read."""
+    first = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    return DataError(
+        f'The images can no longer be read: {first.strip():.300}. Look after the data (or, if a worker was '
+        f'killed, give fewer --workers or more shared memory).'
+    )
+
+
 def batches(loader: Iterable[Any]) -> Iterator[Any]:
     """Yield a loader's batches.
 
@@ -185,11 +209,7 @@ def batches(loader: Iterable[Any]) -> Iterator[Any]:
         except StopIteration:
             return
         except (RuntimeError, OSError, ValueError) as error:
-            first = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-            raise DataError(
-                f'The images can no longer be read: {first.strip():.300}. Look after the data (or, if a worker was '
-                f'killed, give fewer --workers or more shared memory).'
-            ) from error
+            raise unreadable(error) from error
         yield batch
 
 

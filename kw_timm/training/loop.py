@@ -19,7 +19,7 @@ from timm.utils import NativeScaler, dispatch_clip_grad
 
 from .. import anneal, get_temperature
 from . import state as states
-from .data import DataError, batches, count_classes, loader_for, make_dataset
+from .data import DataError, batches, count_classes, loader_for, make_dataset, unreadable
 from .evaluate import evaluate
 from .logs import Logs
 from .network import attentions, data_config, network_of
@@ -180,6 +180,11 @@ class Training:
             if self.world == 1:  # Others do not know.
                 self._keep()
             raise DataError(f'{error} {self._where()}') from error
+        except RuntimeError as error:
+            if 'DataLoader worker' not in str(error):
+                raise
+            # torch says so wherever it is; within a step, which is not whole, nothing can be saved.
+            raise DataError(f'{unreadable(error)} {self._where()}') from error
         finally:
             self.logs.close()
         return at
