@@ -1,7 +1,7 @@
 """KernelWarehouse networks for timm: ``import kw_timm; timm.create_model('kw4x_resnet50')``."""
 
 from . import models
-from .counting import flop_hooks
+from .counting import count_mult_adds, flop_hooks
 from .derive import derive_plan
 from .inference import mixing_work, optimization_report, optimize_for_inference
 from .kernelize import WarehousePlan, kernelize
@@ -20,6 +20,7 @@ __all__ = [
     'WarehousePlan',
     '__version__',
     'anneal',
+    'count_mult_adds',
     'derive_plan',
     'flop_hooks',
     'get_temperature',

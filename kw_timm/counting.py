@@ -1,4 +1,6 @@
-"""What KW layers cost, for tools that count by the types of modules: ptflops, and mmcv's ``get_model_complexity_info``.
+"""What KW layers cost, for tools that count by the types of modules.
+
+These are ptflops, torchinfo, and mmcv's ``get_model_complexity_info``.
 
 Tools that count operations need nothing: FlopCounterMode has formulas of the operators (``kw_timm.ops.flops``), fvcore
 and mmengine trace the network and find the mixing as matrix products.
@@ -13,7 +15,7 @@ from torch import nn
 
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear, Warehouse
 
-__all__ = ['flop_hooks', 'layer_macs']
+__all__ = ['count_mult_adds', 'flop_hooks', 'layer_macs']
 
 Hook = Callable[[nn.Module, Any, Any], None]
 
@@ -39,6 +41,25 @@ def flop_hooks() -> dict[type[nn.Module], Hook]:
     hooks: dict[type[nn.Module], Hook] = dict.fromkeys((KWConv1d, KWConv2d, KWConv3d, KWLinear), _count)
     # So that the table has the cells' parameters in the line of the warehouse; layers only use them.
     return hooks | {Warehouse: lambda module, inputs, output: None}
+
+
+def count_mult_adds(statistics: Any) -> Any:
+    """Add KW layers to torchinfo's Mult-Adds, which knows layers without children alone.
+
+    Args:
+        statistics: What ``torchinfo.summary`` returned; its total is changed, once however often this is called.
+
+    Returns:
+        The same.
+
+    Example:
+        >>> print(kw_timm.count_mult_adds(torchinfo.summary(model, (1, 3, 224, 224), verbose=0)))
+    """
+    calls = [info for info in statistics.summary_list if isinstance(info.module, KWLayer) and info.output_size]
+    of_kw = sum(layer_macs(info.module, torch.empty(info.output_size, device='meta')) for info in calls)
+    of_others = sum(info.macs for info in statistics.summary_list if info.is_leaf_layer)
+    statistics.total_mult_adds = of_others + of_kw
+    return statistics
 
 
 def _count(module: Any, inputs: Any, output: torch.Tensor) -> None:

@@ -126,6 +126,22 @@ def test_torchinfo_counts_parameters_once(name):
     assert sum(p.numel() for p in model.parameters()) == total  # And leaves nothing behind.
 
 
+@pytest.mark.parametrize('name', ['kw1x_mobilenetv2_050', 'kw1d2x_mobilenetv2_050'])
+def test_torchinfo_counts_mixing(name):
+    """Two operations for each of FlopCounterMode's; that leaves norms and biases out, which torchinfo counts."""
+    torchinfo = pytest.importorskip('torchinfo')
+    model, x = network(name), images(2, 64)
+    summary = torchinfo.summary(model, input_data=x, verbose=0)
+    before, text = summary.total_mult_adds, str(summary)
+    counted = kw_timm.count_mult_adds(kw_timm.count_mult_adds(summary))
+    assert counted is summary
+    assert str(counted) != text
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        model(x)
+    assert before < 0.2 * flops.get_total_flops() / 2
+    assert counted.total_mult_adds == pytest.approx(flops.get_total_flops() / 2, rel=0.02)
+
+
 def test_the_weight_of_a_kw_classifier():
     model = network('kw1d2x_mobilenetv2_050')
     message = 'KWLinear.in_features=1280.* has no weight, because its kernel is made anew for every sample'
