@@ -1,5 +1,6 @@
 """Whether a host answers, found out in seconds: clients of weight hosts try again for minutes."""
 
+import ssl
 import threading
 import urllib.error
 import urllib.request
@@ -22,12 +23,16 @@ def unreachable(url: str, seconds: float | None = None) -> str | None:
     def ask() -> None:
         try:
             request = urllib.request.Request(url, method='HEAD', headers={'User-Agent': 'kw_timm'})
-            urllib.request.urlopen(request, timeout=seconds).close()
+            # Not urlopen, which keeps the proxies of its first call.
+            urllib.request.build_opener().open(request, timeout=seconds).close()
         except urllib.error.HTTPError as error:
             error.close()
         except (OSError, ValueError) as error:
-            found.append(str(getattr(error, 'reason', error)) or type(error).__name__)
-            return
+            reason = getattr(error, 'reason', error)
+            # Of certificates the client has the say, whose own settings name those that it trusts.
+            if not isinstance(reason, ssl.SSLError):
+                found.append(str(reason) or type(error).__name__)
+                return
         found.append(None)
 
     # A thread, since looking a name up knows no time limit.
