@@ -8,6 +8,7 @@ of constant sizes.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,7 @@ def conv_by_products(
         return add_bias(_unfolded(x, kernels, spec), bias)
     if any(spec.padding):
         x = F.pad(x, [zeros for padding in reversed(spec.padding) for zeros in (padding, padding)])
+    x = _every(x, [stride if taps == 1 else 1 for taps, stride in zip(spec.kernel_size, spec.stride, strict=True)])
     y = _depthwise(x, kernels, spec) if spec.groups > 1 == spec.kernel_shape[1] else _dense(x, kernels, spec)
     return add_bias(y, bias)
 
@@ -98,6 +100,14 @@ def _depthwise(x: torch.Tensor, kernels: torch.Tensor, spec: ConvSpec) -> torch.
     return y.squeeze(2) if multiplier == 1 else y.flatten(1, 2)
 
 
+def _every(x: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
+    """Return every so many pixels of each axis. Of slices without an end OpenVINO takes a wrong size for granted."""
+    if max(strides) == 1:
+        return x
+    pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(strides) - 1]
+    return pool(x, 1, strides)
+
+
 def _beside(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
@@ -109,7 +119,7 @@ def _sizes(x: torch.Tensor, begin: int) -> list[int]:
 
 def _cut(x: torch.Tensor, dim: int, spec: ConvSpec, axis: int, tap: int) -> torch.Tensor:
     """Return what one position of the window along an axis sees of ``x``, whose axis ``dim`` is the image's."""
-    begin, end = (i * spec.dilation[axis] for i in (tap, spec.kernel_size[axis] - 1 - tap))
-    if not begin and not end and spec.stride[axis] == 1:
+    if spec.kernel_size[axis] == 1:
         return x
+    begin, end = (i * spec.dilation[axis] for i in (tap, spec.kernel_size[axis] - 1 - tap))
     return torch.ops.aten.slice.Tensor(x, dim, begin, -end or None, spec.stride[axis])
