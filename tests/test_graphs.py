@@ -181,11 +181,12 @@ def test_openvino_of_a_block_that_halves_its_input_twice(tmp_path):
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv1, self.conv2 = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, stride=2, padding=1)
-            self.downsample = nn.Conv2d(3, 8, 1, stride=2)
+            self.stem, self.conv1 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+            self.conv2 = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+            self.downsample = nn.Conv2d(8, 8, 1, stride=2)
 
         def forward(self, x):
-            x = x.relu()
+            x = self.stem(x).relu()
             return self.conv2(self.conv1(x)) + self.downsample(x)
 
     torch.manual_seed(0)
