@@ -8,7 +8,6 @@ of constant sizes.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +99,7 @@ def _depthwise(x: torch.Tensor, kernels: torch.Tensor, spec: ConvSpec) -> torch.
     return y.squeeze(2) if multiplier == 1 else y.flatten(1, 2)
 
 
-def _every(x: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
+def _every(x: torch.Tensor, strides: list[int]) -> torch.Tensor:
     """Return every so many pixels of each axis. Of slices without an end OpenVINO takes a wrong size for granted."""
     if max(strides) == 1:
         return x
