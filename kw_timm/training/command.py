@@ -35,7 +35,7 @@ def run_train(options: argparse.Namespace) -> int:
     """
     recipe, settings = resolve(options)
     output = settings.output
-    resumed = None if settings.resume is None else settings.resume
+    resumed = settings.resume
     if resumed is not None:
         resumed = output / states.LAST if not resumed.name else resumed
     elif (output / states.LAST).exists():
