@@ -14,6 +14,7 @@ from .layers import KWLayer
 from .layers.attention import NormLayer, hidden_width
 from .layers.partition import partition_kernels
 from .plans import WarehousePlan, attention_weights, kernel_shape, naming, plan_sizes
+from .tables import aligned
 
 __all__ = ['LayerCosts', 'PlanTable', 'plan_table']
 
@@ -70,13 +71,8 @@ class PlanTable:
         totals = [sum(column) for column in list(zip(*numbers, strict=True))[2:]] or [0] * 9
         lines = [_texts(row) for row in [*numbers, ['all', '', *totals]]]
         lines[-1][4] = ''
-        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-        table = [
-            '  '.join(t.ljust(w) if i < 2 else t.rjust(w) for i, (t, w) in enumerate(zip(row, widths, strict=True)))
-            for row in (head, *lines)
-        ]
         notes = [f'{layer}: {reason}' for layer, reason in self.static.items()]
-        return '\n'.join([*table, *(['', 'static:', *notes] if notes else [])])
+        return '\n'.join([aligned([head, *lines], left=2), *(['', 'static:', *notes] if notes else [])])
 
 
 def _texts(row: Sequence[Any]) -> list[str]:

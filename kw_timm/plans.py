@@ -12,6 +12,7 @@ from torch import nn
 
 from .layers.attention import NormLayer, basis_size, hidden_width
 from .layers.partition import cut_kernels
+from .tables import aligned
 
 __all__ = [
     'PlanSizes',
@@ -132,11 +133,7 @@ class PlanSizes:
         last = ('all', *totals, '', self.static_weights, self.cell_weights, self.attention_weights)
         table = [head, *((*count, *row) for count, row in zip(counts, rows, strict=True)), last]
         texts = [[f'{v:,}' if isinstance(v, int) else str(v) for v in row] for row in table]
-        widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-        return '\n'.join(
-            '  '.join(t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(row, widths, strict=True)))
-            for row in texts
-        )
+        return aligned(texts)
 
 
 def plan_sizes(

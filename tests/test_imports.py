@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {'kw_timm': ROOT / 'kw_timm', 'kw_mmdet': ROOT / 'adapters/kw_mmdet', 'kw_hub': ROOT / 'hub/kw_hub'}
 # From the ground up; a room may import from floors below its own, and from itself.
 FLOORS = (
-    ('kw_timm._mixing', 'kw_timm.files'),
+    ('kw_timm._mixing', 'kw_timm.files', 'kw_timm.tables'),
     ('kw_timm.ops',),
     ('kw_timm.layers', 'kw_timm.readers'),
     ('kw_timm.plans', 'kw_timm.replaceable', 'kw_timm.stages', 'kw_timm.takeover'),

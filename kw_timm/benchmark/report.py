@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import new_file
+from ..tables import aligned
 from .cases import MODES
 from .results import Machine, Result, grouped
 from .runtimes import RUNTIMES
@@ -148,8 +149,7 @@ def _table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
     """Return a table, the first row its head: in Markdown, or aligned, the first column to the left."""
     if markdown:
         return '\n'.join(f'| {" | ".join(row)} |' for row in [rows[0], ['---'] * len(rows[0]), *rows[1:]])
-    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return '\n'.join('  '.join([row[0].ljust(first), *map(str.rjust, row[1:], others)]).rstrip() for row in rows)
+    return aligned(rows)
 
 
 def _amount(units: tuple[str, str], large: float, value: float | None) -> str:

@@ -3,6 +3,7 @@
 import math
 import statistics
 
+from ..tables import aligned
 from .measure import UNUSED, Inspection
 
 __all__ = ['HEAD', 'LITTLE', 'MUCH', 'percent', 'rows', 'text_table', 'unused_cells', 'verdict', 'warehouse_rows']
@@ -61,12 +62,7 @@ def warehouse_rows(found: Inspection) -> list[tuple[str, ...]]:
 
 def text_table(table: list[tuple[str, ...]]) -> str:
     """Return rows, the head first, aligned: the first two columns to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for row in table:
-        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append('  '.join(cells).rstrip())
-    return '\n'.join(lines)
+    return aligned(table, left=2)
 
 
 def verdict(found: Inspection) -> str:

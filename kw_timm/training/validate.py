@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from ..inference import optimize_for_inference
 from ..pyramid import create_network
+from ..tables import aligned
 from .command import device_of
 from .data import count_classes, loader_for, make_dataset
 from .evaluate import evaluate
@@ -66,13 +67,13 @@ def run_validate(options: argparse.Namespace) -> int:
 
 def _figures(dataset: Any, settings: argparse.Namespace, device: torch.device, progress: bool) -> dict[str, float]:
     kwargs: dict[str, Any] = dict(settings.model_kwargs)
-    classes = settings.num_classes or (count_classes(dataset) if settings.checkpoint else None)
+    found = count_classes(dataset)
+    classes = settings.num_classes or (found if settings.checkpoint else None)
     if classes:
         kwargs['num_classes'] = classes
     network: Any = create_network(settings.model, pretrained=not settings.checkpoint, **kwargs)
     if settings.checkpoint:
         load_start(network, settings.checkpoint, whole=True)
-    found = count_classes(dataset)
     if found and found > network.num_classes:
         raise ValueError(f'The data has {found} classes, {settings.model} {network.num_classes}: they do not match.')
     is_theirs = settings.model.startswith('kw') or bool(settings.checkpoint)
@@ -94,11 +95,4 @@ def table(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
             told = ('', '') if published is None else (f'{published[i]:.2f}', f'{found[key] - published[i]:+.2f}')
             cells += [f'{found[key]:.2f}', *told]
         lines.append((*cells, f'{found["images"]:.0f}', f'{found["images_per_s"]:.1f}'))  # type: ignore[arg-type]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return '\n'.join(
-        '  '.join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return aligned(lines)
