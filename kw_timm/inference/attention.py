@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers.attention import KWAttention, pool, sum_of_magnitudes
+from ..layers.attention import KWAttention, as_maps, pool, sum_of_magnitudes
 from ..ops.attend import attend, can_attend
 
 __all__ = ['FoldedAttention', 'as_affine']
@@ -55,10 +55,7 @@ class FoldedAttention(nn.Module):
         self.norm = copy.deepcopy(norm)
         self.register_buffer('hidden_weight', weight.t().clone(memory_format=torch.contiguous_format))
         self.register_buffer('hidden_bias', bias.clone())
-        size = attention.fc2.in_features
-        points = torch.cat([weight.new_zeros(1, size), torch.eye(size, device=weight.device, dtype=weight.dtype)])
-        origin, *rows = attention.logits(points).flatten(1)
-        slopes = torch.stack(rows) - origin if attention.nonlocal_basis else attention.fc2.weight.t()
+        slopes, origin = attention.affine()
         self.register_buffer('logit_weight', slopes.clone(memory_format=torch.contiguous_format))
         self.register_buffer('logit_bias', origin.clone())
         assignment = attention.assignment[:, :-1].clone() if self.temperature else None
@@ -71,8 +68,7 @@ class FoldedAttention(nn.Module):
 
     def maps(self) -> torch.Tensor:
         """Return the second map by mixture, ``(m, hidden + 1, n)``: what the cells are multiplied by to get bases."""
-        both = torch.cat([self.logit_weight, self.logit_bias[None]])
-        return both.unflatten(1, (self.num_mixtures, -1))[..., :-1].transpose(0, 1)
+        return as_maps(self.logit_weight, self.logit_bias, self.num_mixtures)
 
     def forward(self, x: torch.Tensor, bases: bool = False) -> torch.Tensor:
         """Return the coefficients of cells, or of bases."""

@@ -1,7 +1,7 @@
 """The KernelWarehouse method: partition, warehouse, attention, layers. How it is computed is in :mod:`kw_timm.ops`."""
 
 from ..ops import buffers
-from ..ops.dynamic_conv import straightforward
+from ..ops.modes import straightforward
 from .attention import KWAttention
 from .kw_layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
 from .partition import LayerPartition, Partition, assign_cells, partition_kernels

@@ -12,7 +12,7 @@ from .norms import as_attention_norm, normalize
 from .partition import LayerPartition, Partition
 from .start import ALIVE, check_init, inertia, start_codes
 
-__all__ = ['KWAttention', 'NonLocalBasis', 'basis_size', 'hidden_width', 'make_basis', 'sum_of_magnitudes']
+__all__ = ['KWAttention', 'NonLocalBasis', 'as_maps', 'basis_size', 'hidden_width', 'make_basis', 'sum_of_magnitudes']
 
 NormLayer = Callable[..., nn.Module]
 
@@ -40,6 +40,12 @@ def sum_of_magnitudes(logits: torch.Tensor) -> torch.Tensor:
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     return logits.abs().sum(-1, keepdim=True)
+
+
+def as_maps(slopes: torch.Tensor, origin: torch.Tensor, mixtures: int) -> torch.Tensor:
+    """Return an affine map to logits by mixture, ``(m, hidden + 1, n)``: what cells are multiplied by to get bases."""
+    both = torch.cat([slopes, origin[None]])
+    return both.unflatten(1, (mixtures, -1))[..., :-1].transpose(0, 1)
 
 
 def hidden_width(in_channels: int, reduction: float) -> int:
@@ -199,12 +205,56 @@ class KWAttention(nn.Module):
         """Return the coefficients ``(B, m, n)`` for inputs ``(B, C, *spatial)``."""
         logits = self.logits(self.hidden(x))
         coefficients = logits / (sum_of_magnitudes(logits) + 1e-3)
-        temperature: float | torch.Tensor = self.temperature
-        if self.annealing is not None and not isinstance(x, torch.fx.Proxy):  # A graph counts nothing.
-            temperature = self.annealing.of_layer(self.training)
+        temperature = self._temperature_now(x)
         if isinstance(temperature, torch.Tensor) or temperature != 0:
             coefficients = (1 - temperature) * coefficients + temperature * self.assignment
         return coefficients[..., :-1].to(logits.dtype)
+
+    @property
+    def num_terms(self) -> int:
+        """Bases of a mixture, ``hidden + 1``."""
+        return int(self.fc1.out_features) + 1
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether the logits are known to be what :meth:`affine` says: nothing was put in, or listens."""
+        maps = (self.fc2, self.fc3) if self.nonlocal_basis else (self.fc2,)
+        return all(type(linear) is nn.Linear for linear in maps) and not any(
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+            for module in (self, *maps)
+        )
+
+    def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits as an affine map of the hidden vector: slopes ``(hidden, m * (n + 1))`` and origin."""
+        if not self.nonlocal_basis:
+            return self.fc2.weight.t(), self.fc2.bias
+        weight = self.fc2.weight
+        points = torch.cat([weight.new_zeros(1, weight.shape[1]), torch.eye(*weight.shape[1:] * 2).to(weight)])
+        origin, *others = self.logits(points).flatten(1)
+        return torch.stack(others) - origin, origin
+
+    def of_bases(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what :meth:`forward` does as a product: ``(B, m, T)``, the coefficients of bases, times ``(m, T, n)``.
+
+        Above temperature 0 the assigned cell is one basis more.
+        """
+        hidden = self.hidden(x)
+        logits = self.logits(hidden)
+        temperature = self._temperature_now(x)
+        norms = sum_of_magnitudes(logits) + 1e-3
+        terms = torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1)[:, None]
+        coefficients = (1 - temperature) * terms / norms
+        maps = as_maps(*self.affine(), self.num_mixtures)
+        if isinstance(temperature, torch.Tensor) or temperature != 0:
+            warm = torch.ones_like(coefficients[..., :1]) * temperature
+            coefficients = torch.cat([coefficients, warm], -1)
+            maps = torch.cat([maps, self.assignment[:, None, :-1].to(maps.dtype)], 1)
+        return coefficients.to(logits.dtype), maps
+
+    def _temperature_now(self, x: torch.Tensor) -> float | torch.Tensor:
+        if self.annealing is not None and not isinstance(x, torch.fx.Proxy):  # A graph counts nothing.
+            return self.annealing.of_layer(self.training)
+        return self.temperature
 
     def extra_repr(self) -> str:
         """Return mixtures, cells and temperature."""

@@ -9,6 +9,7 @@ import torch.fx
 from torch import nn
 
 from ..ops import ConvSpec, Padding, kernel_warehouse_conv
+from ..ops.bases import bases_from_batch, conv_from_bases, takes_bases
 from ..ops.modes import is_recording
 from .attention import KWAttention, NormLayer
 from .shared import SharingLayer, is_summed_up, known_to_trace
@@ -143,7 +144,18 @@ class KWLayer(SharingLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve each sample of ``x: (B, C, *spatial)`` with its own kernel."""
+        if self._prefers_bases(x):
+            return conv_from_bases(x, *self.attention.of_bases(x), self._cells(), self.bias, self.spec)
         return kernel_warehouse_conv(x, self.attention(x), self._cells(), self.bias, self.spec)
+
+    def _prefers_bases(self, x: torch.Tensor) -> bool:
+        attention = self.attention
+        return (
+            takes_bases(x)
+            and self.spec.groups == 1  # Depthwise kernels are small.
+            and x.shape[0] >= bases_from_batch(attention.num_terms, attention.num_cells)
+            and attention.is_affine
+        )
 
     def _cells(self) -> torch.Tensor:
         warehouse = self.__dict__['warehouse']

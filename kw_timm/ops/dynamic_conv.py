@@ -7,49 +7,27 @@ ones convolving is an operator (:mod:`~kw_timm.ops.compiled_conv`).
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from .buffers import sum_buffer
+from .candidates import mix_and_convolve, mix_and_convolve_backward, without_blind_positions
 from .compiled_conv import conv_in_compiled_graph
-from .convolution import conv_pointwise, convolve, convolve_backward
+from .convolution import conv_pointwise
 from .mixing import add_dot_products, add_products, mix_cells
-from .modes import is_recording, is_transforming
+from .modes import autocast_dtype, is_recording, is_straightforward, is_transforming
 from .products import conv_by_products
 from .spec import ConvSpec, check_input
-from .straightforward import arrange_gradient, assemble_kernels, in_type_of, straightforward_conv
+from .straightforward import assemble_kernels, in_type_of, straightforward_conv
 
-__all__ = ['convolve_fixed', 'kernel_warehouse_conv', 'straightforward']
+__all__ = ['convolve_fixed', 'kernel_warehouse_conv']
 
 # Kernels in memory at one time: few enough that they are still in a cache when they are used, enough that every cell
 # read serves many rows. In the backward pass there are the kernels, their gradients, and those in another order.
 _CHUNK_BYTES = 40 * 2**20
 _BACKWARD_CHUNK_BYTES = 16 * 2**20
-
-_straightforward = False
-
-
-@contextmanager
-def straightforward() -> Iterator[None]:
-    """Let every KW layer compute in the straightforward way while the context lasts.
-
-    It is what the other ways are tested and measured against; it also serves what they do not: second derivatives,
-    forward-mode derivatives and ``torch.func.vmap``.
-
-    Example:
-        >>> with straightforward():
-        ...     model(images)
-    """
-    global _straightforward
-    before, _straightforward = _straightforward, True
-    try:
-        yield
-    finally:
-        _straightforward = before
-
 
 def kernel_warehouse_conv(
     x: torch.Tensor, coefficients: torch.Tensor, cells: torch.Tensor, bias: torch.Tensor | None, spec: ConvSpec
@@ -70,20 +48,21 @@ def kernel_warehouse_conv(
         ValueError: If the input is not a batch, has no pixels or is smaller than the kernel.
     """
     check_input(x, spec)
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     if dtype is not None:
         x, coefficients, cells = x.to(dtype), coefficients.to(dtype), cells.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     x = spec.pad_end(x)
-    if is_recording() and not _straightforward:
+    if is_recording() and not is_straightforward():
         return conv_by_products(x, coefficients, cells, bias, spec)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, coefficients, cells, bias))
-    if torch.compiler.is_compiling() and not _straightforward and x.shape[0] != 0:
+    if torch.compiler.is_compiling() and not is_straightforward() and x.shape[0] != 0:
         make = assemble_kernels if learns else mix_cells
         return _convolve_compiled(x, in_type_of(x, make(coefficients, cells, spec)), bias, spec)
     # Depthwise kernels are small: left to autograd, which keeps them.
     if (learns and spec.groups != 1) or _must_be_straightforward(x, coefficients, cells):
         return straightforward_conv(x, coefficients, cells, bias, spec)
+    spec, (coefficients,) = without_blind_positions(x, spec, (coefficients, 1))
     if not learns:
         return _convolve_in_chunks(x, coefficients, cells, bias, spec)
     return _KernelWarehouseConv.apply(x, coefficients, cells, bias, spec)
@@ -114,13 +93,15 @@ def convolve_fixed(
         ValueError: As :func:`kernel_warehouse_conv`.
     """
     check_input(x, spec)
-    x = spec.pad_end(x.to(_autocast_dtype(x) or x.dtype))
+    x = spec.pad_end(x.to(autocast_dtype(x) or x.dtype))
     bias = None if bias is None else bias.to(x.dtype)
     if is_recording():
         return conv_by_products(x, coefficients, cells, bias, spec, factors)
     if torch.compiler.is_compiling() and x.shape[0] != 0:
         return _convolve_compiled(x, in_type_of(x, mix_cells(coefficients, cells, spec, factors)), bias, spec)
-    return _convolve_in_chunks(x, coefficients, cells, bias, spec, factors)
+    own = [(cells, 0)] if cells.dim() > 1 + len(spec.cell_shape) else []
+    spec, (coefficients, *others) = without_blind_positions(x, spec, (coefficients, 1), *own)
+    return _convolve_in_chunks(x, coefficients, *(others or [cells]), bias, spec, factors)
 
 
 def _convolve_compiled(
@@ -129,17 +110,9 @@ def _convolve_compiled(
     return (conv_pointwise if spec.is_pointwise else conv_in_compiled_graph)(x, kernels, bias, spec)
 
 
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """Return the type that a convolution of ``x`` is to be computed in, None for its own."""
-    kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
-
-
 def _must_be_straightforward(x: torch.Tensor, coefficients: torch.Tensor, cells: torch.Tensor) -> bool:
     return (
-        _straightforward
+        is_straightforward()
         or is_transforming()
         or x.shape[0] == 0
         or x.device.type == 'meta'
@@ -182,11 +155,10 @@ def _convolve_in_chunks(
     """Make the kernels of some samples at a time and convolve."""
     chunks = list(_chunks(x, _kernel_bytes(coefficients, spec)))
     if len(chunks) == 1:
-        return convolve(x, mix_cells(coefficients, cells, spec, factors).to(x.dtype), spec, bias)
+        return mix_and_convolve(x, coefficients, cells, spec, bias, factors)
     y = x.new_empty(x.shape[0], spec.kernel_shape[0], *spec.output_size(x))
     for chunk in chunks:
-        kernels = mix_cells(coefficients[chunk], cells, spec, factors).to(x.dtype)
-        convolve(x[chunk], kernels, spec, bias, out=y[chunk])
+        mix_and_convolve(x[chunk], coefficients[chunk], cells, spec, bias, factors, out=y[chunk])
     return y
 
 
@@ -221,17 +193,21 @@ class _KernelWarehouseConv(torch.autograd.Function):
         by_group = grad.unflatten(1, (spec.grid[1], cells.shape[1]))
         for rows in _parts_of_cells(x, spec):
             part, part_spec = cells[:, rows], spec.narrow(rows.stop - rows.start)
-            kernels = mix_cells(coefficients, part, part_spec)
-            grad_input, grad_kernels = convolve_backward(
-                by_group[:, :, rows].flatten(1, 2), x, kernels, part_spec, need_x, need_coefficients or need_cells
+            grad_input, grad_mixed = mix_and_convolve_backward(
+                by_group[:, :, rows].flatten(1, 2),
+                x,
+                coefficients,
+                part,
+                part_spec,
+                need_x,
+                need_coefficients or need_cells,
             )
-            del kernels
             if grad_input is not None:
                 grad_x = grad_input if grad_x is None else grad_x.add_(grad_input)
-            if grad_kernels is None:
+            if grad_mixed is None:
                 continue
-            mixtures = arrange_gradient(grad_kernels, part_spec).flatten(0, 1)
-            del grad_kernels
+            mixtures = grad_mixed.flatten(0, 1)
+            del grad_mixed
             if grad_coefficients is not None:
                 add_dot_products(grad_coefficients.flatten(0, 1), mixtures, part.flatten(1))
             if grad_cells is not None:

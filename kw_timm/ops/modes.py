@@ -1,8 +1,11 @@
 """What torch is doing with the operations that run: computing, recording a graph, or transforming them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-__all__ = ['is_plain', 'is_recording', 'is_transforming']
+__all__ = ['autocast_dtype', 'is_plain', 'is_recording', 'is_straightforward', 'is_transforming', 'straightforward']
 
 # Before torch 2.7 exporting and compiling could not be told apart.
 _is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
@@ -10,6 +13,32 @@ _is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compil
 _dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', lambda: 0)
 _functorch_level = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+_straightforward = False
+
+
+@contextmanager
+def straightforward() -> Iterator[None]:
+    """Let every KW layer compute in the straightforward way while the context lasts.
+
+    It is what the other ways are tested and measured against; it also serves what they do not: second derivatives,
+    forward-mode derivatives and ``torch.func.vmap``.
+
+    Example:
+        >>> with straightforward():
+        ...     model(images)
+    """
+    global _straightforward
+    before, _straightforward = _straightforward, True
+    try:
+        yield
+    finally:
+        _straightforward = before
+
+
+def is_straightforward() -> bool:
+    """Return whether this is within :func:`straightforward`."""
+    return _straightforward
 
 
 def is_recording() -> bool:
@@ -37,3 +66,11 @@ def is_plain(tensor: torch.Tensor) -> bool:
         and not _dispatch_modes()
         and _functorch_level() is None
     )
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """Return the type that a convolution of ``x`` is to be computed in, None for its own."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)

@@ -26,6 +26,7 @@ class ConvSpec:
         dilation: Dilation per spatial axis.
         groups: Groups.
         end_padding: Further zeros at the end of each spatial axis: ``'same'`` padding of an even window has one.
+        positions: Where mixtures are made for some positions of the window only, which ones.
     """
 
     grid: tuple[int, int, int]
@@ -36,6 +37,7 @@ class ConvSpec:
     dilation: tuple[int, ...]
     groups: int = 1
     end_padding: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -86,6 +88,10 @@ class ConvSpec:
     def narrow(self, cell_channels: int) -> 'ConvSpec':
         """Return the value for as many of every cell's output channels, and the output channels made of them."""
         return replace(self, cell_shape=(cell_channels, *self.cell_shape[1:]))
+
+    def at(self, positions: tuple[int, ...]) -> 'ConvSpec':
+        """Return the value for the mixtures of some positions of the window; the others count as zero."""
+        return replace(self, grid=(len(positions), *self.grid[1:]), positions=positions)
 
     def pad_end(self, x: torch.Tensor) -> torch.Tensor:
         """Return inputs with the zeros that only their ends get."""

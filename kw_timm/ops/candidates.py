@@ -1,0 +1,115 @@
+"""Mixing and convolving for some samples: the ways there are, and which one is taken where.
+
+==========  ==========================================================================================================
+kernels     Kernels are put together while they are mixed, and convolved with as :mod:`~kw_timm.ops.convolution` says.
+taps        Mixtures stay apart, and each is one factor of a matrix product: :mod:`~kw_timm.ops.taps`.
+==========  ==========================================================================================================
+
+Every way computes the same, and is held against the straightforward one by the tests.
+"""
+
+import torch
+
+from .buffers import empty_buffer
+from .convolution import convolve, convolve_backward
+from .mixing import mix_cells
+from .spec import ConvSpec
+from .straightforward import arrange_gradient
+from .taps import convolve_mixtures, convolve_mixtures_backward, mix_apart, prefers_taps, seeing_positions
+
+__all__ = ['mix_and_convolve', 'mix_and_convolve_backward', 'without_blind_positions']
+
+
+def without_blind_positions(
+    x: torch.Tensor, spec: ConvSpec, *by_mixture: tuple[torch.Tensor, int]
+) -> tuple[ConvSpec, list[torch.Tensor]]:
+    """Leave out mixtures that are multiplied with padding alone. Differentiable.
+
+    Args:
+        x: Inputs, ``(B, C, *spatial)``.
+        spec: The layer's constants.
+        by_mixture: Tensors, each with the axis that counts mixtures.
+
+    Returns:
+        The constants and the tensors for the mixtures that are left; where all are, as given.
+    """
+    tensors = [tensor for tensor, _ in by_mixture]
+    if x.shape[0] == 0 or not prefers_taps(x, spec):
+        return spec, tensors
+    positions = seeing_positions(x, spec)
+    if not 0 < len(positions) < spec.grid[0]:
+        return spec, tensors
+    index = torch.tensor(positions, device=x.device)
+    shape = (spec.grid[0], spec.grid[1] * spec.grid[2])
+    return spec.at(positions), [
+        tensor.unflatten(axis, shape).index_select(axis, index).flatten(axis, axis + 1) for tensor, axis in by_mixture
+    ]
+
+
+def mix_and_convolve(
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    cells: torch.Tensor,
+    spec: ConvSpec,
+    bias: torch.Tensor | None = None,
+    factors: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Make each sample's kernel and convolve the sample with it. Not differentiable.
+
+    Args:
+        x: ``(B, C, *spatial)``.
+        coefficients: ``(B, m, n)``.
+        cells: As of :func:`~kw_timm.ops.mixing.mix_cells`.
+        spec: The layer's constants.
+        bias: ``(O,)`` or None.
+        factors: ``(O,)``, what to multiply the kernels' output channels by, or None.
+        out: ``(B, O, *spatial')``, contiguous, to be overwritten; allocated where not given.
+
+    Returns:
+        ``(B, O, *spatial')``.
+    """
+    if not prefers_taps(x, spec):
+        return convolve(x, mix_cells(coefficients, cells, spec, factors).to(x.dtype), spec, bias, out=out)
+    y = convolve_mixtures(x, mix_apart(coefficients, cells, spec).to(x.dtype), spec, out)
+    for operation, by_channel in ((y.mul_, factors), (y.add_, bias)):
+        if by_channel is not None:
+            operation(by_channel.view(-1, *(1,) * (y.dim() - 2)))
+    return y
+
+
+def mix_and_convolve_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    cells: torch.Tensor,
+    spec: ConvSpec,
+    need_input: bool,
+    need_mixtures: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of :func:`mix_and_convolve`, without bias and factors.
+
+    Args:
+        grad: Gradient of the output, ``(B, O, *spatial')``.
+        x: As of :func:`mix_and_convolve`.
+        coefficients: As of :func:`mix_and_convolve`.
+        cells: As of :func:`mix_and_convolve`.
+        spec: As of :func:`mix_and_convolve`.
+        need_input: Return the gradient of ``x``.
+        need_mixtures: Return the gradient of the mixtures.
+
+    Returns:
+        Gradients of ``x`` and of the mixtures ``(B, m, co * ci * window)``; each None where not needed. A sample's, or
+        where cells are each mixture's own a mixture's, lie side by side.
+    """
+    own = cells.dim() > 1 + len(spec.cell_shape)
+    if not prefers_taps(x, spec):
+        kernels = mix_cells(coefficients, cells, spec)
+        grad_input, grad_kernels = convolve_backward(grad, x, kernels, spec, need_input, need_mixtures)
+        return grad_input, None if grad_kernels is None else arrange_gradient(grad_kernels, spec)
+    mixed = mix_apart(coefficients, cells, spec)
+    grad_mixed = None
+    if need_mixtures:
+        grad_mixed = empty_buffer(mixed.transpose(0, 1).shape if own else mixed.shape, mixed)
+        grad_mixed = grad_mixed.transpose(0, 1) if own else grad_mixed
+    return convolve_mixtures_backward(grad, x, mixed, spec, need_input, grad_mixed), grad_mixed
