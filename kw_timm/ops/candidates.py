@@ -15,7 +15,7 @@ from .convolution import convolve, convolve_backward
 from .mixing import mix_cells
 from .spec import ConvSpec
 from .straightforward import arrange_gradient
-from .taps import convolve_mixtures, convolve_mixtures_backward, mix_apart, prefers_taps, seeing_positions
+from .taps import convolve_mixtures, convolve_mixtures_backward, mix_apart, prefers_taps, seeing_positions, takes_taps
 
 __all__ = ['mix_and_convolve', 'mix_and_convolve_backward', 'without_blind_positions']
 
@@ -34,7 +34,7 @@ def without_blind_positions(
         The constants and the tensors for the mixtures that are left; where all are, as given.
     """
     tensors = [tensor for tensor, _ in by_mixture]
-    if x.shape[0] == 0 or not prefers_taps(x, spec):
+    if x.shape[0] == 0 or not takes_taps(x, spec):
         return spec, tensors
     positions = seeing_positions(x, spec)
     if not 0 < len(positions) < spec.grid[0]:
@@ -69,7 +69,7 @@ def mix_and_convolve(
     Returns:
         ``(B, O, *spatial')``.
     """
-    if not prefers_taps(x, spec):
+    if not prefers_taps(x, spec, 'forward'):
         return convolve(x, mix_cells(coefficients, cells, spec, factors).to(x.dtype), spec, bias, out=out)
     y = convolve_mixtures(x, mix_apart(coefficients, cells, spec).to(x.dtype), spec, out)
     for operation, by_channel in ((y.mul_, factors), (y.add_, bias)):
@@ -103,7 +103,7 @@ def mix_and_convolve_backward(
         where cells are each mixture's own a mixture's, lie side by side.
     """
     own = cells.dim() > 1 + len(spec.cell_shape)
-    if not prefers_taps(x, spec):
+    if not prefers_taps(x, spec, 'backward'):
         kernels = mix_cells(coefficients, cells, spec)
         grad_input, grad_kernels = convolve_backward(grad, x, kernels, spec, need_input, need_mixtures)
         return grad_input, None if grad_kernels is None else arrange_gradient(grad_kernels, spec)

@@ -29,6 +29,7 @@ __all__ = ['convolve_fixed', 'kernel_warehouse_conv']
 _CHUNK_BYTES = 40 * 2**20
 _BACKWARD_CHUNK_BYTES = 16 * 2**20
 
+
 def kernel_warehouse_conv(
     x: torch.Tensor, coefficients: torch.Tensor, cells: torch.Tensor, bias: torch.Tensor | None, spec: ConvSpec
 ) -> torch.Tensor:

@@ -17,21 +17,30 @@ from .buffers import empty_buffer
 from .mixing import add_products
 from .spec import ConvSpec
 
-__all__ = ['convolve_mixtures', 'convolve_mixtures_backward', 'mix_apart', 'prefers_taps', 'seeing_positions']
+__all__ = [
+    'convolve_mixtures',
+    'convolve_mixtures_backward',
+    'mix_apart',
+    'prefers_taps',
+    'seeing_positions',
+    'takes_taps',
+]
 
-_MOST_PIXELS = 256  # of the output; see docs/speed.md
+# Pixels of the output up to which it is fastest: gradients of kernels are slow to take apart.
+_MOST_PIXELS = {'forward': 16, 'backward': 256}
 _TYPES = (torch.float32, torch.float64)  # Sums of products are rounded to the type after each.
 
 
-def prefers_taps(x: torch.Tensor, spec: ConvSpec) -> bool:
-    """Return whether convolving inputs ``(B, C, *spatial)`` this way is the fastest."""
-    return (
-        x.device.type == 'cpu'
-        and x.dtype in _TYPES
-        and spec.groups == 1
-        and not spec.is_pointwise
-        and math.prod(spec.output_size(x)) <= _MOST_PIXELS
-    )
+def takes_taps(x: torch.Tensor, spec: ConvSpec) -> bool:
+    """Return whether inputs ``(B, C, *spatial)`` can be convolved this way without loss."""
+    return x.device.type == 'cpu' and x.dtype in _TYPES and spec.groups == 1 and not spec.is_pointwise
+
+
+def prefers_taps(x: torch.Tensor, spec: ConvSpec, direction: str) -> bool:
+    """Return whether convolving inputs this way is the fastest, ``'forward'`` or ``'backward'``."""
+    if spec.positions:
+        return True  # There is no other way.
+    return takes_taps(x, spec) and math.prod(spec.output_size(x)) <= _MOST_PIXELS[direction]
 
 
 def seeing_positions(x: torch.Tensor, spec: ConvSpec) -> tuple[int, ...]:
