@@ -90,7 +90,9 @@ def settings_of(options: argparse.Namespace) -> Settings:
         raise ValueError(f"--device {name}: expected 'cpu', 'cuda' or 'cuda:N'.")
     device = torch.device(name)
     if device.type == 'cuda' and (device.index or 0) >= count:
-        raise ValueError(f'--device {name}: torch {torch.__version__} sees {count} GPUs here.')
+        raise ValueError(
+            f'--device {name}: torch {torch.__version__} sees {count} GPUs here; --device cpu measures the processor.'
+        )
     if options.threads:
         torch.set_num_threads(options.threads)
     rounds = (options.repeats, options.precision / 100, options.max_time, options.min_time)
