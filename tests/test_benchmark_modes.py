@@ -166,12 +166,13 @@ def test_every_mode_has_a_colour_of_its_own():
 @pytest.mark.parametrize('dtype', ['float64', pytest.param('bfloat16', marks=pytest.mark.slow)])
 def test_several_batches_in_another_type(dtype, tmp_path, capsys):
     arguments = ['--device', 'cpu', '--dtype', dtype, '--batch', '1', '2', '--modes', 'default']
+    arguments += ['--threads', '1', '--cpu-time']
     assert main(['bench', VARIANT, *QUICK, *arguments, '--csv', f'{tmp_path}/r.csv']) == 0
     results = read_csv(tmp_path / 'r.csv')
     assert [(r.batch, r.mode) for r in results] == [(1, 'default'), (2, 'default')]
     machine, out = results[0].machine, capsys.readouterr().out
     assert (machine.dtype, machine.instructions) == (dtype, torch.backends.cpu.get_cpu_capability())
-    assert f'{machine.instructions}), {dtype}' in out
+    assert f'{machine.instructions}, CPU time), {dtype}' in out
     if dtype == 'float64':
         assert machine.float32_gemm is None
         assert max(r.difference for r in results if r.mode == 'default') < 1e-9

@@ -45,7 +45,7 @@ def describe(runs: Sequence[Machine]) -> str:
     """Return a sentence on a machine, its software and its limits; of several runs on it, the limits' range."""
     m = runs[0]
     where = [m.device, *([f'{m.threads} thread{"s" if m.threads > 1 else ""}'] if m.device == 'cpu' else [])]
-    where += [m.instructions] if m.instructions else []
+    where += filter(None, (m.instructions, m.clock))
     values = ([run.gemm for run in runs], [run.bandwidth for run in runs])
     gemm, bandwidth = (' to '.join(dict.fromkeys(_digits(end(own) / 1e9) for end in (min, max))) for own in values)
     return (

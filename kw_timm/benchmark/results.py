@@ -35,6 +35,7 @@ class Machine:
     python: str
     instructions: str | None = None  # of the processor that torch computes with: 'AVX2'
     float32_gemm: float | None = None  # speed of the product in float32, if the type is of fewer bits
+    clock: str | None = None  # 'CPU time', if that was measured
 
     @property
     def remark(self) -> str:
@@ -81,7 +82,7 @@ class Result:
 
 COLUMNS = typing.get_type_hints(Result) | typing.get_type_hints(Machine)
 del COLUMNS['machine']
-ADDED = {'stored_bytes', 'instructions', 'float32_gemm'}  # columns that files of earlier versions lack
+ADDED = {'stored_bytes', 'instructions', 'float32_gemm', 'clock'}  # columns that files of earlier versions lack
 
 
 def measure_machine(settings: Settings) -> Machine:
@@ -93,10 +94,10 @@ def measure_machine(settings: Settings) -> Machine:
         name = torch.cuda.get_device_name(device)
     what = (str(device), name, torch.get_num_threads(), str(settings.dtype).removeprefix('torch.'))
     versions = (torch.__version__, timm.__version__, __version__, platform.python_version())
-    limits = (gemm_speed(device, settings.dtype), read_bandwidth(device))
+    limits = (gemm_speed(settings), read_bandwidth(settings))
     instructions = torch.backends.cpu.get_cpu_capability() if device.type == 'cpu' else None
-    float32 = gemm_speed(device, torch.float32) if settings.dtype.itemsize < 4 else None
-    return Machine(*what, *limits, *versions, instructions, float32)
+    float32 = gemm_speed(settings, torch.float32) if settings.dtype.itemsize < 4 else None
+    return Machine(*what, *limits, *versions, instructions, float32, 'CPU time' if settings.cpu_time else None)
 
 
 def bound(static: float, flops: float, moved: float, gemm: float, bandwidth: float) -> float:
