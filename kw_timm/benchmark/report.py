@@ -63,9 +63,9 @@ def markdown(results: Sequence[Result], rendered_by: str = '') -> str:
     for r in results:
         by_machine.setdefault(replace(r.machine, gemm=0.0, bandwidth=0.0, float32_gemm=None), []).append(r)
     for own in by_machine.values():
-        text = 'Median time; in brackets how many times as fast as straightforward'
-        if any(r.over_static is not None for r in own):
-            text += ", and the multiple of the static network's time"
+        meanings = ['how many times as fast as straightforward'] if any(r.speedup is not None for r in own) else []
+        meanings += ["the multiple of the static network's time"] if any(r.over_static is not None for r in own) else []
+        text = f'Median time; in brackets {", and ".join(meanings)}' if meanings else 'Median time'
         worst, usual = (_percent(f(r.uncertainty for r in own)) for f in (max, statistics.median))
         text += f'. Medians are known to {usual}, the least certain to {worst}.'
         if any(r.bound is not None for r in own):
