@@ -57,8 +57,10 @@ def _parser() -> argparse.ArgumentParser:
         '. Weights are random, results are compared with each other. '
         'Modes: static, the same network without kernel warehouses; straightforward, all cells mixed for '
         'every image and one grouped convolution; default, as a network computes by itself; optimized, by '
-        'kw_timm.optimize_for_inference; onnxruntime and openvino, the default network as a file of these runtimes '
-        '(by --modes only). The bound is the static time and what mixing takes at the '
+        'kw_timm.optimize_for_inference. By --modes only: optimized-bfloat16 and optimized-int8, which store cells and '
+        'bases in fewer bits; condconv and odconv, these convolutions in the places of the KW layers, with as many '
+        'kernels per layer as KW has cells per mixture; onnxruntime and openvino, the default network as a file of '
+        'these runtimes. The bound is the static time and what mixing takes at the '
         "machine's measured limits.",
         'kw-timm bench kw4x_resnet50 kw1x_resnet50 --batch 1 8 --train --csv results.csv',
     )
@@ -219,7 +221,7 @@ def _bench(options: argparse.Namespace) -> int:
     import torch
 
     from .benchmark import run_all
-    from .benchmark.runtimes import check_runtimes
+    from .benchmark.cases import check_modes
     from .benchmark.session import check_files, settings_of
 
     if options.from_csv and options.variants:
@@ -232,7 +234,7 @@ def _bench(options: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     try:
         settings = settings_of(options)
-        check_runtimes(options.modes, settings)
+        check_modes(options.modes, settings)
         cases = _cases(options, settings)
         total = len(options.variants) * (len(options.batch) + (len(options.train_batch) if options.train else 0))
         return run_all(cases, total, settings, options, options.command_line)

@@ -16,19 +16,26 @@ from torch import nn
 
 from .. import mixing_work, optimization_report, optimize_for_inference
 from ..layers import straightforward
-from ..random_weights import drawn_images, settle
+from ..random_weights import drawn_images, fit_norms, settle
 from .measure import Settings, alternate, peak_memory, quartiles, relative_difference
+from .peers import PEERS, describe_peers, with_peers
 from .results import Machine, Result, bound
-from .runtimes import RUNTIMES, ExportedNetwork, stored_bytes
+from .runtimes import RUNTIMES, ExportedNetwork, check_runtimes, stored_bytes
 
-__all__ = ['MODES', 'OWN_MODES', 'Case', 'network_cases', 'run_case', 'static_name']
+__all__ = ['MODES', 'OWN_MODES', 'STORED', 'Case', 'check_modes', 'network_cases', 'run_case', 'static_name']
 
-# The first four need torch alone, and are those of a benchmark that names none.
+# Those of a benchmark that names none.
 OWN_MODES = ('static', 'straightforward', 'default', 'optimized')
-MODES = (*OWN_MODES, *RUNTIMES)
+STORED = {'optimized-bfloat16': torch.bfloat16, 'optimized-int8': torch.int8}  # how cells and bases are stored
+MODES = (*OWN_MODES, *STORED, *PEERS, *RUNTIMES)
+# Not for training.
+FIXED = ('optimized', *STORED, *RUNTIMES)
+# Do not compute what the KW network does.
+OTHERS = ('static', *PEERS)
 # Differences beyond these are more than rounding; of gradients more, which jump where rounding switches a ReLU.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 GRADIENT_TOLERANCES = {torch.float64: 1e-6, torch.float32: 0.05, torch.bfloat16: 0.5, torch.float16: 0.3}
+STORED_TOLERANCES = {torch.bfloat16: 0.2, torch.int8: 0.5}
 # torch has no type of error for the CPU's memory.
 OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 
@@ -69,6 +76,16 @@ class Case:
         return [loss.detach(), *(p.grad for p in network.parameters() if p.grad is not None)]
 
 
+def check_modes(modes: Sequence[str], settings: Settings) -> None:
+    """Raise ValueError if modes are asked for that cannot be measured here, or not with these settings."""
+    check_runtimes(modes, settings)
+    dtype = str(settings.dtype).removeprefix('torch.')
+    for mode in (mode for mode in modes if mode in STORED and dtype != 'float32'):
+        raise ValueError(
+            f'--modes {mode} is measured in float32, of which it stores cells; leave it out, or --dtype {dtype}.'
+        )
+
+
 def static_name(variant: str) -> str:
     """Return timm's name of the static network of a KW variant; raise ValueError if there is no such variant."""
     known = timm.list_models('kw*')
@@ -103,21 +120,27 @@ def network_cases(
     static = make(static_name(variant), **levels) if 'static' in modes else kw
     for is_training, sizes in ((False, inference), (True, training)):
         task = ' '.join(['features'] * features_only + ['training step'] * is_training) or 'inference'
-        own = [mode for mode in modes if not (is_training and mode in ('optimized', *RUNTIMES))]
+        own = [mode for mode in modes if not (is_training and mode in FIXED)]
         for batch, size in sizes:
-            compute = partial(_compute, drawn_images(batch, size).to(settings.device, settings.dtype), is_training)
+            x = drawn_images(batch, size).to(settings.device, settings.dtype)
+            labels = _labels(1 if features_only else kw.num_classes, x) if is_training else None
+            compute = partial(_compute, x, labels)
             yield Case(variant, task, batch, size, kw, static, compute, own, is_training, memory_budget)
 
 
-def _compute(x: torch.Tensor, is_training: bool, network: nn.Module) -> Any:
-    """Return outputs, or a loss: cross entropy of logits against drawn labels, the mean square of features."""
+def _labels(classes: int, x: torch.Tensor) -> torch.Tensor:
+    """Draw labels beforehand: a step that copies them to a GPU would wait for it."""
+    return torch.randint(classes, (len(x),), generator=torch.Generator().manual_seed(2)).to(x.device)
+
+
+def _compute(x: torch.Tensor, labels: torch.Tensor | None, network: nn.Module) -> Any:
+    """Return outputs, or with labels a loss: cross entropy of logits, the mean square of features."""
     outputs = network(x)
-    if not is_training:
+    if labels is None:
         return outputs
     if not isinstance(outputs, torch.Tensor):
         return torch.stack([feature.square().mean() for feature in outputs]).mean()
-    labels = torch.randint(outputs.shape[1], (len(outputs),), generator=torch.Generator().manual_seed(2))
-    return F.cross_entropy(outputs, labels.to(outputs.device))
+    return F.cross_entropy(outputs, labels)
 
 
 def run_case(
@@ -136,6 +159,7 @@ def run_case(
     facts: dict[str, dict[str, Any]] = {}
     expected: Sequence[torch.Tensor] = ()
     tolerance = (GRADIENT_TOLERANCES if case.training else TOLERANCES)[settings.dtype]
+    tolerances = {mode: STORED_TOLERANCES[storage] for mode, storage in STORED.items()}
     # The straightforward result comes first: the others are held against it.
     for mode in dict.fromkeys(['straightforward', *case.modes]):
         progress(f'{case}: trying {mode}')
@@ -143,10 +167,7 @@ def run_case(
             networks[mode], found, facts[mode] = _try(case, mode, settings.device)
             problem = '' if all(bool(tensor.isfinite().all()) for tensor in found) else 'its results are not finite.'
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
-                raise
-            problem = 'out of memory. A smaller batch or size needs less.'
-            torch.cuda.empty_cache()
+            problem = _excuse(error)
         if problem:
             if mode in case.modes:
                 say(f'{case}: {mode} is left out: {problem}')
@@ -154,17 +175,24 @@ def run_case(
             continue
         if mode == 'straightforward':
             expected = found
-        if mode != 'static' and expected:
+        if mode not in OTHERS and expected:
             facts[mode]['difference'] = difference = relative_difference(found, expected, jointly=case.training)
-            if not difference <= tolerance:
+            if not difference <= tolerances.get(mode, tolerance):
                 say(f'{case}: warning: {mode} differs from straightforward by {difference:.1e}, relative')
-        if mode == 'optimized':
+        if mode in ('optimized', *STORED):
             say(f'{mode}, made ready in {facts[mode]["preparation"]:.1f} s: {optimization_report(networks[mode])}')
+        if mode in PEERS:
+            say(f'{mode}: {describe_peers(networks[mode])}')
     expected = found = ()
     calls = {mode: partial(case.run, mode, networks[mode]) for mode in case.modes if mode in networks}
-    for mode, call in calls.items() if case.training else ():
+    for mode, call in list(calls.items()) if case.training else ():
         # Not before: a step in train mode changes the statistics of BatchNorms, with which others are checked.
-        facts[mode]['peak_memory'], _ = peak_memory(partial(call, keep_gradients=True), settings.device)
+        try:
+            facts[mode]['peak_memory'], _ = peak_memory(partial(call, keep_gradients=True), settings.device)
+        except (MemoryError, RuntimeError) as error:
+            say(f'{case}: {mode} is left out: {_excuse(error)}')
+            calls.pop(mode)
+            networks[mode].zero_grad()
     times = alternate(calls, settings, lambda done: progress(f'{case}: round {done}'))
     for network in networks.values():
         network.zero_grad()
@@ -175,18 +203,34 @@ def run_case(
     for mode, own in times.items():
         first, median, third = quartiles(own)
         facts[mode] |= dict(seconds=median, first_quartile=first, third_quartile=third, rounds=len(own))
-        facts[mode] |= dict(speedup=plain and plain / median, over_static=static and median / static)
-        facts[mode] |= dict(bound=limit, over_bound=median / limit if limit and mode != 'static' else None)
+        speedup = plain / median if plain and mode not in PEERS else None
+        facts[mode] |= dict(speedup=speedup, over_static=static and median / static)
+        # The bound reads what float32 takes.
+        facts[mode] |= dict(
+            bound=limit, over_bound=median / limit if limit and mode not in (*OTHERS, *STORED) else None
+        )
         facts[mode] |= dict(mixing_flops=work and float(work.flops), mixing_bytes=work and float(work.bytes))
     what = (case.variant, case.task, case.batch, *case.size)
     return [Result(*what, mode, machine=machine, command=command, **facts[mode]) for mode in times]
 
 
+def _excuse(error: Exception) -> str:
+    """Return why a mode is left out; raise what is no want of memory."""
+    if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+        raise error
+    torch.cuda.empty_cache()
+    return 'out of memory. A smaller batch or size needs less.'
+
+
 def _try(case: Case, mode: str, device: torch.device) -> tuple[nn.Module, Sequence[torch.Tensor], dict[str, Any]]:
     """Make a mode ready and run it for the first time; return its network, results, and what else is to be known."""
     start = time.perf_counter()
-    if mode == 'optimized':
-        network = optimize_for_inference(case.kw, batch_size=case.batch, memory_budget=case.memory_budget)
+    if mode in ('optimized', *STORED):
+        limits: dict[str, Any] = dict(batch_size=case.batch, memory_budget=case.memory_budget)
+        network = optimize_for_inference(case.kw, **limits, storage=STORED.get(mode))
+    elif mode in PEERS:
+        network = with_peers(case.kw, mode)
+        fit_norms(network, drawn_images(4, (128, 128)).to(next(network.parameters())))
     elif mode in RUNTIMES:
         network = ExportedNetwork(case.kw.eval(), mode, (case.batch, *case.size))
     else:

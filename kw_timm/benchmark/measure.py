@@ -31,6 +31,12 @@ class Settings:
     precision: float = 0.03  # relative uncertainty that is small enough
     max_time: float = 8.0  # seconds of a configuration's rounds
     min_time: float = 0.0
+    cpu_time: bool = False  # what the process computed instead of what passed, of one thread
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """What tells the time in seconds."""
+        return time.process_time if self.cpu_time else time.perf_counter
 
 
 def alternate(
@@ -43,7 +49,7 @@ def alternate(
     """
     names, done, spent = list(calls), 0, 0.0
     times: dict[str, list[float]] = {name: [] for name in names}
-    wait = _waiting(settings.device)
+    wait, clock = _waiting(settings.device), settings.clock
 
     def enough() -> bool:
         if done < settings.rounds or spent < settings.min_time:
@@ -57,10 +63,10 @@ def alternate(
             first = done % len(names)
             for name in names[first:] + names[:first]:
                 wait()
-                start = time.perf_counter()
+                start = clock()
                 calls[name]()
                 wait()
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
             spent += sum(own[-1] for own in times.values())
             done += 1
             on_round(done)
@@ -124,26 +130,27 @@ def relative_difference(
     return float((differences / magnitudes).nan_to_num(0.0, posinf=math.inf).max())
 
 
-def gemm_speed(device: torch.device, dtype: torch.dtype) -> float:
+def gemm_speed(settings: Settings, dtype: torch.dtype | None = None) -> float:
     """Return the speed of ``torch.mm`` in FLOP/s: square matrices, doubled until a product takes a while; the best."""
     size, best, seconds = 256, 0.0, 0.0
     while seconds < 0.05 and size <= 8192:
-        a = torch.randn(size, size, device=device).to(dtype)
-        seconds = _best_time(partial(torch.mm, a, a), device)
+        a = torch.randn(size, size, device=settings.device).to(dtype or settings.dtype)
+        seconds = _best_time(partial(torch.mm, a, a), settings)
         best = max(best, 2 * size**3 / seconds)
         size *= 2
     return best
 
 
-def read_bandwidth(device: torch.device, size: int = 1 << 29) -> float:
+def read_bandwidth(settings: Settings, size: int = 1 << 29) -> float:
     """Return the speed of reading in bytes/s: reductions over so many bytes, more than any cache has; the best."""
-    buffer = torch.ones(size // 4, device=device)
-    return size / min(_best_time(reduce, device) for reduce in (buffer.sum, buffer.amax))
+    buffer = torch.ones(size // 4, device=settings.device)
+    return size / min(_best_time(reduce, settings) for reduce in (buffer.sum, buffer.amax))
 
 
-def _best_time(call: Callable[[], Any], device: torch.device) -> float:
+def _best_time(call: Callable[[], Any], settings: Settings) -> float:
     """Return the shortest of several times of a call in seconds."""
-    return min(timeit.repeat(lambda: (call(), _waiting(device)()), number=1, repeat=6))
+    wait = _waiting(settings.device)
+    return min(timeit.repeat(lambda: (call(), wait()), timer=settings.clock, number=1, repeat=6))
 
 
 def _waiting(device: torch.device) -> Callable[[], None]:

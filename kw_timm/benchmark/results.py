@@ -33,6 +33,18 @@ class Machine:
     timm: str
     kw_timm: str
     python: str
+    instructions: str | None = None  # of the processor that torch computes with: 'AVX2'
+    float32_gemm: float | None = None  # speed of the product in float32, if the type is of fewer bits
+    clock: str | None = None  # 'CPU time', if that was measured
+
+    @property
+    def remark(self) -> str:
+        """What is to be known of a type that this device computes slower than float32; else nothing."""
+        if self.float32_gemm is None or self.gemm >= self.float32_gemm:
+            return ''
+        return (
+            f'{self.dtype} without instructions for it, {self.float32_gemm / self.gemm:.0f} times slower than float32'
+        )
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ class Result:
 
 COLUMNS = typing.get_type_hints(Result) | typing.get_type_hints(Machine)
 del COLUMNS['machine']
-ADDED = {'stored_bytes'}  # columns that files of earlier versions lack
+ADDED = {'stored_bytes', 'instructions', 'float32_gemm', 'clock'}  # columns that files of earlier versions lack
 
 
 def measure_machine(settings: Settings) -> Machine:
@@ -82,7 +94,10 @@ def measure_machine(settings: Settings) -> Machine:
         name = torch.cuda.get_device_name(device)
     what = (str(device), name, torch.get_num_threads(), str(settings.dtype).removeprefix('torch.'))
     versions = (torch.__version__, timm.__version__, __version__, platform.python_version())
-    return Machine(*what, gemm_speed(device, settings.dtype), read_bandwidth(device), *versions)
+    limits = (gemm_speed(settings), read_bandwidth(settings))
+    instructions = torch.backends.cpu.get_cpu_capability() if device.type == 'cpu' else None
+    float32 = gemm_speed(settings, torch.float32) if settings.dtype.itemsize < 4 else None
+    return Machine(*what, *limits, *versions, instructions, float32, 'CPU time' if settings.cpu_time else None)
 
 
 def bound(static: float, flops: float, moved: float, gemm: float, bandwidth: float) -> float:

@@ -48,6 +48,7 @@ def add_options(parser: argparse.ArgumentParser, modes: Sequence[str] = OWN_MODE
     add('--device', default=device, help='cpu, cuda or cuda:N (%(default)s)')
     add('--dtype', choices=('float32', 'float64', 'bfloat16', 'float16'), default='float32', help='(%(default)s)')
     add('--threads', type=positive, metavar='N', help="of the CPU (torch's own choice)")
+    add('--cpu-time', action='store_true', help='what the process computed: with --threads 1, where others compute too')
     add('--precision', type=number, default=3.0, metavar='P', help='measure medians to so many percent (%(default)s)')
     add('--repeats', type=positive, default=3, metavar='N', help='... in so many rounds at least (%(default)s)')
     add('--min-time', type=number, default=1.0, metavar='S', help='... and in so many seconds (%(default)s)')
@@ -90,10 +91,14 @@ def settings_of(options: argparse.Namespace) -> Settings:
         raise ValueError(f"--device {name}: expected 'cpu', 'cuda' or 'cuda:N'.")
     device = torch.device(name)
     if device.type == 'cuda' and (device.index or 0) >= count:
-        raise ValueError(f'--device {name}: torch {torch.__version__} sees {count} GPUs here.')
+        raise ValueError(
+            f'--device {name}: torch {torch.__version__} sees {count} GPUs here; --device cpu measures the processor.'
+        )
+    if options.cpu_time and (options.threads, device.type) != (1, 'cpu'):
+        raise ValueError('--cpu-time is the time of one thread on the CPU; add --threads 1 --device cpu.')
     if options.threads:
         torch.set_num_threads(options.threads)
-    rounds = (options.repeats, options.precision / 100, options.max_time, options.min_time)
+    rounds = (options.repeats, options.precision / 100, options.max_time, options.min_time, options.cpu_time)
     return Settings(device, getattr(torch, options.dtype), *rounds)
 
 
