@@ -10,14 +10,22 @@ from networks import SMALLEST, images, network
 from torch import nn
 from torch.autograd import grad, gradcheck
 
-from kw_timm.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, Warehouse, straightforward
-from kw_timm.ops import ConvSpec, dynamic_conv
+from kw_timm.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, Warehouse, kw_layers, straightforward
+from kw_timm.ops import ConvSpec, bases, dynamic_conv, taps
 
-# How parts of batches are taken.
+FROM_BASES = [(kw_layers, 'bases_from_batch', lambda terms, cells: 0)]
+# How parts of batches are taken, and which way.
 SPLITS = {
-    'as set': {},
-    'one by one': dict(_CHUNK_BYTES=1, _BACKWARD_CHUNK_BYTES=1),
-    'at once': dict(_CHUNK_BYTES=2**40, _BACKWARD_CHUNK_BYTES=2**40),
+    'as set': [],
+    'one by one': [(dynamic_conv, name, 1) for name in ('_CHUNK_BYTES', '_BACKWARD_CHUNK_BYTES')],
+    'at once': [(dynamic_conv, name, 2**40) for name in ('_CHUNK_BYTES', '_BACKWARD_CHUNK_BYTES')],
+    'by kernels': [(taps, '_MOST_PIXELS', dict(forward=0, backward=0))],
+    'by mixtures': [(taps, '_MOST_PIXELS', dict(forward=2**40, backward=2**40))],
+    'from bases': FROM_BASES,
+    'from bases, one by one': [
+        *FROM_BASES,
+        *((bases, name, 1) for name in ('_BASES_BYTES', '_KERNEL_BYTES', '_BACKWARD_KERNEL_BYTES')),
+    ],
 }
 # Layer, its arguments, size of the input; the warehouse cuts channels in halves unless it says otherwise.
 LAYERS = {
@@ -35,6 +43,9 @@ LAYERS = {
     'depthwise': (KWConv2d, (4, 4, 3), dict(groups=4, padding=1, warehouse=dict(cell_outplane_ratio=0.5)), (5, 4)),
     'whole windows': (KWConv2d, (4, 6, 3), dict(padding=1, warehouse=dict(spatial_partition=False)), (5, 4)),
     'many cells': (KWConv2d, (4, 6, 3), dict(warehouse=dict(cell_num_ratio=12, cell_outplane_ratio=0.5)), (5, 4)),
+    'of a pixel': (KWConv2d, (4, 6, 3), dict(padding=1), (1, 1)),
+    'of few pixels': (KWConv2d, (4, 6, 3), dict(stride=2, padding=1), (2, 3)),
+    'far apart': (KWConv2d, (4, 6, 3), dict(padding=6, dilation=6), (5, 4)),
     '1d': (KWConv1d, (4, 6, 3), dict(stride=2, padding=2), (7,)),
     '3d': (KWConv3d, (4, 2, (1, 2, 2)), dict(stride=(1, 2, 1), padding=(0, 1, 0)), (2, 3, 4)),
     'linear': (KWLinear, (4, 6), {}, (5,)),
@@ -108,8 +119,8 @@ def assert_paths_agree(net, x, rtol=1e-9):
 
 @pytest.fixture
 def split(request, monkeypatch):
-    for name, value in SPLITS[request.param].items():
-        monkeypatch.setattr(dynamic_conv, name, value)
+    for where, name, value in SPLITS[request.param]:
+        monkeypatch.setattr(where, name, value)
 
 
 @pytest.mark.parametrize('split', SPLITS, indirect=True)
