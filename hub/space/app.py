@@ -161,7 +161,7 @@ def sentences() -> Iterator[None]:
         yield
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         words = ' '.join(str(error).split()) or type(error).__name__
-        raise gr.Error(html.escape(words[:1000]), duration=None, print_exception=False) from error
+        raise gr.Error(html.escape(words[:1000], quote=False), duration=None, print_exception=False) from error
 
 
 def times_in_words(times: Times, what: str) -> str:
