@@ -1,7 +1,7 @@
 """The page to try it: the real program on loopback, asked through gradio's client and by a person in a browser.
 
-`make test-app` runs them, in an environment of their own. With KW_APP_SCREENSHOTS they leave the documentation's pictures in
-that folder; with KW_APP_CHECKPOINT of the demo's detector, which draws better ones than that of the test.
+`make test-app` runs them, in an environment of their own. With KW_APP_SCREENSHOTS they leave the pictures of docs/app.md
+in that folder; with KW_APP_CHECKPOINT of the demo's detector, which draws better ones than that of the test.
 """
 
 import os
@@ -54,7 +54,7 @@ def outside(page: Page) -> Iterator[str]:
 
     with socketserver.ThreadingTCPServer(('127.0.0.1', 0), Asked) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield 'http://127.0.0.1:{}'.format(server.server_address[1])
+        yield f'http://127.0.0.1:{server.server_address[1]}'
         server.shutdown()
 
 
@@ -67,7 +67,7 @@ def running(*arguments: object, **variables: str) -> Iterator[Page]:
     page = Page()
     command = [sys.executable, 'hub/space/app.py', '--port', str(port), *map(str, arguments)]
     with outside(page) as proxy:
-        proxies = {name: proxy for name in ('HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY', 'http_proxy', 'https_proxy')}
+        proxies = dict.fromkeys(('HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY', 'http_proxy', 'https_proxy'), proxy)
         env = os.environ | proxies | {'NO_PROXY': '127.0.0.1,localhost', 'PYTHONUNBUFFERED': '1'} | variables
         env.pop('HF_HUB_OFFLINE', None)  # What is stored is taken without it.
         process = subprocess.Popen(
@@ -89,7 +89,7 @@ def running(*arguments: object, **variables: str) -> Iterator[Page]:
 
 @pytest.fixture(scope='module')
 def shape(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.mktemp('drawn') / 'shapes', 1, 1) / 'val/00000.png'
+    return make_shapes(tmp_path_factory.mktemp('drawn') / 'shapes', 1, 3) / 'val/00002.png'
 
 
 @pytest.fixture(scope='module')
@@ -279,7 +279,7 @@ def keep(tab, name: str, folder: Path) -> None:
     file = Path(os.environ.get('KW_APP_SCREENSHOTS') or folder) / f'app-{name}.png'
     tab.screenshot(path=file, full_page=True, clip={'x': 0, 'y': 0, 'width': 1280, 'height': height})
     with Image.open(file) as whole:
-        few = whole.convert('RGB').quantize(64)
+        few = whole.convert('RGB').quantize(96)
     few.save(file, optimize=True)
     assert few.size[0] == 1280
     counts = sorted(count for count, _ in few.getcolors())
