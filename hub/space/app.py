@@ -133,14 +133,14 @@ def build_page(sources: Sequence[Source]) -> gr.Blocks:
                 button = gr.Button('Look', variant='primary')
             with gr.Column():
                 classes = gr.Label(label='Classes', num_top_classes=5)
-                drawn = picture('Boxes and masks', visible=False)
+                drawn = picture('Boxes and masks', 'drawn', visible=False, show_label=False)
                 times = gr.Markdown()
         gr.Markdown(ATTENTION)
         words = gr.Markdown()
         warehouse = gr.Dropdown(label='Warehouse, by default that of the layer whose kernels vary most')
-        cells = picture('Which cells its layers use')
+        cells = picture('Which cells its layers use', 'cells')
         with gr.Row():
-            variation = picture('How much kernels vary')
+            variation = picture('How much kernels vary', 'variation')
             table = gr.Dataframe(headers=[HEAD[i] for i in COLUMNS], label='Layers', interactive=False, max_height=1200)
         found = gr.State()
         outputs = [classes, drawn, times, words, variation, warehouse, cells, table, found]
@@ -149,9 +149,10 @@ def build_page(sources: Sequence[Source]) -> gr.Blocks:
     return page
 
 
-def picture(label: str, **options: Any) -> gr.Image:
-    """Return where a picture is shown."""
-    return gr.Image(label=label, format='png', interactive=False, buttons=['download', 'fullscreen'], **options)
+def picture(label: str, name: str, **options: Any) -> gr.Image:
+    """Return where a picture is shown, not in a lossy format."""
+    how: dict[str, Any] = dict(alt_text=label, elem_id=name, format='png', interactive=False)
+    return gr.Image(label=label, buttons=['download', 'fullscreen'], **how, **options)
 
 
 @contextmanager
