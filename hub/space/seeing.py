@@ -157,7 +157,8 @@ class Detector:
         """Return what the backbone was given ``(1, 3, H, W)``, and the image with what was found drawn on it."""
         from kw_mmdet.predict import draw
 
-        small = ImageOps.contain(photo, (LONGEST_SIDE,) * 2) if max(photo.size) > LONGEST_SIDE else photo
+        small = photo.copy()
+        small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
         given: list[torch.Tensor] = []
         hook = self.kw.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].clone()))
         try:
