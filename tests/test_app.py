@@ -198,7 +198,17 @@ def test_bad_files_get_a_sentence_and_the_next_image_is_seen(filled, photo, tmp_
     assert "'notes.png' is not an image that can be read" in client.refusal(NETWORK, tmp_path / 'notes.png')
     assert "'cut.jpg' is cut off or damaged" in client.refusal(NETWORK, tmp_path / 'cut.jpg')
     assert client.look(NETWORK, photo)[0]['value']
-    filled.check_quiet()
+
+
+def test_an_image_that_a_detector_cannot_take_gets_a_sentence(tmp_path, checkpoint):
+    """OpenCV's error when it is made smaller than a pixel."""
+    gradio = pytest.importorskip('gradio', reason='needs the extra app')
+    from app import sentences
+    from seeing import Source, open_source
+
+    opened = open_source(Source('', str(checkpoint), CONFIG))
+    with pytest.raises(gradio.Error, match=r'This cannot be done \(error: OpenCV.*\): try another image'), sentences():
+        opened(Image.new('RGB', (10_000, 3)))
 
 
 class Harmful:

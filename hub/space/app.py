@@ -160,9 +160,11 @@ def sentences() -> Iterator[None]:
     """Show what went wrong as a sentence on the page."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        words = ' '.join(str(error).split()) or type(error).__name__
-        raise gr.Error(html.escape(words[:1000], quote=False), duration=None, print_exception=False) from error
+    except Exception as error:  # Detectors raise whatever they come upon. The terminal gets what is not foreseen, too.
+        foreseen, words = isinstance(error, ValueError | OSError | RuntimeError), ' '.join(str(error).split())[:1000]
+        if not foreseen or not words:
+            words = f'This cannot be done ({type(error).__name__}: {words}): try another image.'
+        raise gr.Error(html.escape(words, quote=False), duration=None, print_exception=not foreseen) from error
 
 
 def times_in_words(times: Times, what: str) -> str:
