@@ -246,6 +246,18 @@ def test_a_checkpoint_that_does_not_exist_is_said_at_once(capsys):
     assert "error: there is no checkpoint 'nowhere.pth'" in capsys.readouterr().err
 
 
+def test_a_port_that_is_taken_is_said(capsys):
+    pytest.importorskip('gradio', reason='needs the extra app')
+    from app import main
+
+    with socket.socket() as taken, pytest.raises(SystemExit) as caught:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen()
+        main(['--checkpoint', '', '--port', str(taken.getsockname()[1])])
+    assert caught.value.code == 2
+    assert 'error: the page cannot be served' in capsys.readouterr().err
+
+
 @pytest.fixture(scope='module')
 def chromium() -> Iterator[object]:
     path = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)

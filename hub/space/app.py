@@ -66,7 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"there is no checkpoint '{checkpoint}': name a file that exists")
     page = build_page(offered(checkpoint, options.config, options.networks))
     look = gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace'])  # from nowhere else
-    page.launch(server_port=options.port, max_file_size=LARGEST_FILE, theme=look, footer_links=['api'], ssr_mode=False)
+    how: dict[str, Any] = dict(theme=look, max_file_size=LARGEST_FILE, footer_links=['api'], ssr_mode=False)
+    try:
+        page.launch(server_port=options.port, **how)
+    except OSError as error:
+        parser.error(f'the page cannot be served: {error}')
 
 
 def offered(checkpoint: str, config: str, networks: Sequence[str]) -> list[Source]:
