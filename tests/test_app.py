@@ -250,9 +250,7 @@ def test_a_port_that_is_taken_is_said(capsys):
     pytest.importorskip('gradio', reason='needs the extra app')
     from app import main
 
-    with socket.socket() as taken, pytest.raises(SystemExit) as caught:
-        taken.bind(('127.0.0.1', 0))
-        taken.listen()
+    with socket.create_server(('127.0.0.1', 0)) as taken, pytest.raises(SystemExit) as caught:
         main(['--checkpoint', '', '--port', str(taken.getsockname()[1])])
     assert caught.value.code == 2
     assert 'error: the page cannot be served' in capsys.readouterr().err
