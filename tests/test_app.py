@@ -12,7 +12,7 @@ import socketserver
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -39,6 +39,22 @@ class Page:
     url: str = ''
     printed: list[str] = field(default_factory=list)
     asked: list[bytes] = field(default_factory=list)
+    ready: threading.Event = field(default_factory=threading.Event)
+
+    def read(self, output: Iterable[str]) -> None:
+        """Take what the program prints, until it ends."""
+        for line in output:
+            self.printed.append(line)
+            if found := re.search(r'http://127\.0\.0\.1:\d+', line):
+                self.url = found[0]
+                self.ready.set()
+        self.ready.set()
+
+    def served(self) -> 'Page':
+        """Wait until it is there."""
+        self.ready.wait(200)
+        assert self.url, ''.join(self.printed)
+        return self
 
     def check_quiet(self) -> None:
         assert not self.asked
@@ -76,13 +92,7 @@ def running(*arguments: object, **variables: str) -> Iterator[Page]:
             command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         try:
-            for line in process.stdout:
-                page.printed.append(line)
-                if found := re.search(r'http://127\.0\.0\.1:\d+', line):
-                    page.url = found[0]
-                    break
-            assert page.url, ''.join(page.printed)
-            threading.Thread(target=lambda: page.printed.extend(process.stdout), daemon=True).start()
+            threading.Thread(target=page.read, args=(process.stdout,), daemon=True).start()
             yield page
         finally:
             process.terminate()
@@ -121,19 +131,24 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope='module')
-def filled(checkpoint, converted_folder) -> Iterator[Page]:
-    """With a detector, and a network in the store."""
-    with running('--checkpoint', checkpoint, KW_TIMM_HOME=str(converted_folder.parent)) as page:
-        yield page
-    page.check_quiet()
+def pages(request) -> Iterator[tuple[Page, Page]]:
+    """With a detector and a network in the store; with nothing at all. The second starts while the detector is made."""
+    with running('--checkpoint', '', KW_TIMM_HOME=os.devnull) as empty:
+        folder, checkpoint = map(request.getfixturevalue, ('converted_folder', 'checkpoint'))
+        with running('--checkpoint', checkpoint, KW_TIMM_HOME=str(folder.parent)) as filled:
+            yield filled.served(), empty.served()
+    for page in (filled, empty):
+        page.check_quiet()
 
 
-@pytest.fixture(scope='module')
-def empty() -> Iterator[Page]:
-    """With nothing at all."""
-    with running('--checkpoint', '', KW_TIMM_HOME=os.devnull) as page:
-        yield page
-    page.check_quiet()
+@pytest.fixture
+def filled(pages) -> Page:
+    return pages[0]
+
+
+@pytest.fixture
+def empty(pages) -> Page:
+    return pages[1]
 
 
 class Client:
