@@ -1,6 +1,7 @@
 # make demo    train a small KW Mask R-CNN on drawn shapes, evaluate it and draw its detections
+# make app     a page to try networks and detectors on images of one's own
 # make test    run the tests
-# Both set up by themselves, once: virtual environment, torch, timm, MMDetection 2.x (and 3.x beside it), this package.
+# All set up by themselves, once: virtual environment, torch, timm, MMDetection 2.x (and 3.x beside it), this package.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -14,6 +15,9 @@ VENV3 := .venv3
 READY3 := $(VENV3)/.ready
 VENV_PACKAGES := .venv-packages
 READY_PACKAGES := $(VENV_PACKAGES)/.ready
+VENV_APP := .venv-app
+READY_APP := $(VENV_APP)/.ready
+READY_APP_TEST := $(VENV_APP)/.ready-test
 VENV_FULL := .venv-full
 READY_FULL := $(VENV_FULL)/.ready
 VENV_DOCS := .venv-docs
@@ -27,7 +31,7 @@ DETECTION := $(addprefix tests/test_,framework.py mmdet_backbone.py detection_go
 	mmdet_temperature.py mmengine_temperature.py tools.py)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-mmdet3 test-slow test-packages test-onedl test-mmcv-full lint docs dist setup setup3 clean
+.PHONY: demo app test test-mmdet3 test-slow test-packages test-app test-onedl test-mmcv-full lint docs dist setup setup3 clean
 
 # So that the demo can say how long set-up took.
 demo: export MAKE_BEGAN := $(shell date +%s)
@@ -38,6 +42,10 @@ else
 demo: $(READY_DEMO)
 	$(BIN)/python tools/demo.py
 endif
+
+# KW_APP_CHECKPOINT and KW_APP_CONFIG name a detector; see hub/space/README.md.
+app: $(READY_APP)
+	$(VENV_APP)/bin/python hub/space/app.py
 
 test: $(READY) $(READY3)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -57,6 +65,10 @@ test-mmcv-full: $(READY_FULL)
 # KW networks in Lightning, Accelerate, Transformers and the like.
 test-packages: $(READY_PACKAGES)
 	$(VENV_PACKAGES)/bin/python -m pytest -m packages tests/test_packages.py tests/test_examples.py
+
+# The page, and in a browser: chromium, which is the system's. Without it, those tests are skipped.
+test-app: $(READY) $(READY_APP_TEST)
+	$(VENV_APP)/bin/python -m pytest -m app tests/test_app.py
 
 # Detection with the maintained continuation of MMDetection 3.x.
 test-onedl: $(READY_ONEDL)
@@ -120,6 +132,14 @@ $(READY_PACKAGES): $(READY) tools/overlay.sh
 	$(call install_extra,$(VENV_PACKAGES),packages)
 	touch $@
 
+$(READY_APP): $(READY_DEMO) tools/overlay.sh
+	$(call install_extra,$(VENV_APP),app)
+	touch $@
+
+$(READY_APP_TEST): $(READY_APP)
+	$(VENV_APP)/bin/python -m pip install 'kw-timm[app-test]'
+	touch $@
+
 $(READY_DOCS): $(READY_BASE) tools/overlay.sh
 	$(call install_extra,$(VENV_DOCS),docs)
 	touch $@
@@ -135,4 +155,4 @@ $(READY_ONEDL): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV3) $(VENV_DOCS) site dist $(VENV_PACKAGES) $(VENV_ONEDL) $(VENV_FULL) work_dirs build *.egg-info kw_timm/*.so
+	rm -rf $(VENV) $(VENV3) $(VENV_DOCS) site dist $(VENV_PACKAGES) $(VENV_APP) $(VENV_ONEDL) $(VENV_FULL) work_dirs build *.egg-info kw_timm/*.so

@@ -16,7 +16,7 @@ from .. import __version__
 from ..files import new_file
 from .measure import Settings, gemm_speed, read_bandwidth, uncertainty
 
-__all__ = ['Machine', 'Result', 'bound', 'grouped', 'measure_machine', 'read_csv', 'write_csv']
+__all__ = ['Machine', 'Result', 'bound', 'device_name', 'grouped', 'measure_machine', 'read_csv', 'write_csv']
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,19 @@ del COLUMNS['machine']
 ADDED = {'stored_bytes', 'instructions', 'float32_gemm', 'clock'}  # columns that files of earlier versions lack
 
 
+def device_name(device: torch.device) -> str:
+    """Return the model of a GPU, or of the processor."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    file = Path('/proc/cpuinfo')
+    found = re.search(r'model name\s*: (.*)', file.read_text() if file.is_file() else '')
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
 def measure_machine(settings: Settings) -> Machine:
     """Name a device and measure its limits; takes a few seconds."""
-    file, device = Path('/proc/cpuinfo'), settings.device
-    found = re.search(r'model name\s*: (.*)', file.read_text() if file.is_file() else '')
-    name = found[1].strip() if found else platform.processor() or platform.machine()
-    if device.type == 'cuda':
-        name = torch.cuda.get_device_name(device)
-    what = (str(device), name, torch.get_num_threads(), str(settings.dtype).removeprefix('torch.'))
+    device = settings.device
+    what = (str(device), device_name(device), torch.get_num_threads(), str(settings.dtype).removeprefix('torch.'))
     versions = (torch.__version__, timm.__version__, __version__, platform.python_version())
     limits = (gemm_speed(settings), read_bandwidth(settings))
     instructions = torch.backends.cpu.get_cpu_capability() if device.type == 'cpu' else None

@@ -22,6 +22,7 @@ _MOST_ROWS = 400  # Lines of a picture; of more layers, those between are left o
 DPI = 120
 _STEPS = 41  # Colours of a heat map: few, for the size of the file; odd, for one of zero.
 _GRID = '#DDDDDD'
+_MEAN_AND_SPREAD = ('mean over images', 'spread over images (standard deviation)')
 
 
 def check_matplotlib() -> Any:
@@ -65,8 +66,8 @@ def draw_plan(found: Inspection) -> Any:
     return figure
 
 
-def draw_variation(found: Inspection) -> Any:
-    """Draw how far the kernels of every layer vary between images, in percent, on a scale that has a zero."""
+def draw_variation(found: Inspection, over: str = 'images') -> Any:
+    """Draw how far the kernels of every layer vary ``over`` images, in percent, on a scale that has a zero."""
     from matplotlib.ticker import FuncFormatter
 
     layers, colours = _shown(found), _colours(found)
@@ -102,15 +103,17 @@ def draw_variation(found: Inspection) -> Any:
             textcoords='offset points',
             fontsize=8,
         )
-    panel.set_xlabel('spread of the kernels over images, relative to their size', fontsize=8)
+    panel.set_xlabel(f'spread of the kernels over {over}, relative to their size', fontsize=8)
     _name_lines(panel, layers)
     return figure
 
 
-def draw_attention(found: Inspection, warehouse: WarehouseFindings, most: int) -> Any:
+def draw_attention(
+    found: Inspection, warehouse: WarehouseFindings, most: int, titles: tuple[str, str] = _MEAN_AND_SPREAD
+) -> Any:
     """Draw the attention of all layers of a warehouse over its cells: mean and spread over images, and what is used.
 
-    Heat maps have at most ``most`` values along an axis.
+    Heat maps have at most ``most`` values along an axis, and ``titles`` above.
     """
     from matplotlib import colormaps
     from matplotlib.colors import SymLogNorm
@@ -131,8 +134,7 @@ def draw_attention(found: Inspection, warehouse: WarehouseFindings, most: int) -
 
     limit = UNUSED / cells
     norm, colours = SymLogNorm(limit, vmin=-1, vmax=1), colormaps['RdBu_r'].resampled(_STEPS)
-    used = [warehouse.largest, spread.amax(0)]
-    titles = ('mean over images', 'spread over images (standard deviation)')
+    used = [warehouse.largest, spread.abs().amax(0)]
     for side, (values, title) in enumerate(zip((mean, spread), titles, strict=True)):
         x = left + side * (map_width + gap)
         panel = place(x, below, map_width, height)
