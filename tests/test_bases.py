@@ -89,7 +89,7 @@ def prune_map(attention):
 
 
 def parametrize_map(attention):
-    parametrize.register_parametrization(attention.fc2, 'weight', nn.Tanh())
+    parametrize.register_parametrization(attention.fc2, 'weight', nn.Hardtanh(-1e-3, 1e-3))
 
 
 def adapt_map(attention):

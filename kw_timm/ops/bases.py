@@ -1,8 +1,8 @@
 """The default path of a KW layer for large batches: kernels by way of bases, which are made once per batch.
 
 The logits of a mixture are linear in the attention's hidden vector ``h``. So with ``g = [h, 1]`` and the norm ``s`` of
-the mixture's logits, ``s * sum_j (F g)_j E_j`` is also ``s * sum_k g_k D_k``, with bases ``D = F^T E``. The sum over the
-warehouse's ``n`` cells is then taken once per batch for each of ``hidden + 1`` bases, instead of once per sample.
+the mixture's logits, ``s * sum_j (F g)_j E_j`` is also ``s * sum_k g_k D_k``, with bases ``D = F^T E``. The sum over
+the warehouse's ``n`` cells is then taken once per batch for each of ``hidden + 1`` bases, instead of once per sample.
 
 Bases are as large as the kernels of ``hidden + 1`` samples. They are made for some output channels at a time, the
 kernels from them for some samples at a time, and for the gradients both are made again.
@@ -23,8 +23,8 @@ from .spec import ConvSpec, check_input
 
 __all__ = ['bases_from_batch', 'conv_from_bases', 'takes_bases']
 
-# Bases, and kernels, in memory at one time; of the kernels there are two or three such in the backward pass. Elsewhere than
-# on a CPU there are no caches to fit into, and every operation should be large.
+# Bases, and kernels, in memory at one time; of the kernels there are two or three such in the backward pass. Elsewhere
+# than on a CPU there are no caches to fit into, and every operation should be large.
 _BASES_BYTES = 32 * 2**20
 _KERNEL_BYTES = 40 * 2**20
 _BACKWARD_KERNEL_BYTES = 16 * 2**20

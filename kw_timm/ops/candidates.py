@@ -112,4 +112,5 @@ def mix_and_convolve_backward(
     if need_mixtures:
         grad_mixed = empty_buffer(mixed.transpose(0, 1).shape if own else mixed.shape, mixed)
         grad_mixed = grad_mixed.transpose(0, 1) if own else grad_mixed
-    return convolve_mixtures_backward(grad, x, mixed, spec, need_input, grad_mixed), grad_mixed
+    grad_input = convolve_mixtures_backward(grad, x, mixed, spec, need_input, grad_mixed)
+    return grad_input, None if grad_mixed is None else grad_mixed.flatten(2)

@@ -19,6 +19,9 @@ from .straightforward import arrange_kernels, mix
 
 __all__ = ['add_dot_products', 'add_products', 'mix_cells']
 
+# From three times so many rows, and so many cells on, dot products are an ordinary product of matrices.
+_LARGE = 32
+
 
 def mix_cells(
     coefficients: torch.Tensor, cells: torch.Tensor, spec: ConvSpec, factors: torch.Tensor | None = None
@@ -126,7 +129,8 @@ def add_dot_products(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor)
         left: Gradients of the mixtures, ``(rows, length)``.
         right: Cells, ``(n, length)``.
     """
-    if _served(out):
+    large = min(len(left) // 3, len(right)) >= _LARGE and torch.backends.mkl.is_available()
+    if _served(out) and not large:
         native.add_dots(out, _with_plain_rows(left, 1), _with_plain_rows(right, 1))
     else:
         torch.addmm(out, left, right.t(), out=out)  # Unlike the method, counted by FlopCounterMode.

@@ -1,9 +1,9 @@
 """Convolving every sample with its own kernel as matrix products, one for each mixture that the kernel is made of.
 
-Mixtures are taken as mixing leaves them, each in one piece: no kernel is put together, and no gradient of a kernel taken
-apart. What a window sees is gathered first, which costs as much memory as the window is large, so it is for small images,
-where besides a convolution of one sample takes long to prepare. Window positions that see nothing but padding, as most do
-in images of a pixel or two, are left out altogether.
+Mixtures are taken as mixing leaves them, each in one piece: no kernel is put together, and no gradient of a kernel
+taken apart. What a window sees is gathered first, which costs as much memory as the window is large, so it is for small
+images, where besides a convolution of one sample takes long to prepare. Window positions that see nothing but padding,
+as most do in images of a pixel or two, are left out altogether.
 """
 
 import math
@@ -44,7 +44,7 @@ def prefers_taps(x: torch.Tensor, spec: ConvSpec, direction: str) -> bool:
 
 
 def seeing_positions(x: torch.Tensor, spec: ConvSpec) -> tuple[int, ...]:
-    """Return the positions of a window that see a pixel of ``x`` anywhere; all, where cells are not cut at positions."""
+    """Return the positions of a window that see a pixel of ``x``; all, where cells are not cut at positions."""
     if spec.grid[0] == 1:
         return (0,)
     axes = zip(x.shape[2:], spec.output_size(x), spec.stride, spec.padding, spec.dilation, strict=True)
@@ -56,7 +56,7 @@ def seeing_positions(x: torch.Tensor, spec: ConvSpec) -> tuple[int, ...]:
 
 
 def mix_apart(coefficients: torch.Tensor, cells: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
-    """Return mixtures ``(B, m, co * ci * window)``, each in one piece. Not differentiable.
+    """Return mixtures ``(B, m, co, ci * window)``, each in one piece. Not differentiable.
 
     Args:
         coefficients: ``(B, m, n)``.
@@ -68,10 +68,10 @@ def mix_apart(coefficients: torch.Tensor, cells: torch.Tensor, spec: ConvSpec) -
     if cells.dim() == 1 + len(spec.cell_shape):
         mixed = empty_buffer((1, batch * mixtures, length), coefficients)
         add_products(mixed, coefficients.flatten(0, 1)[None], cells.flatten(1)[None], overwrite=True)
-        return mixed.view(batch, mixtures, length)
+        return mixed.view(batch, mixtures, spec.cell_shape[0], -1)
     mixed = empty_buffer((mixtures, batch, length), coefficients)
     add_products(mixed, coefficients.transpose(0, 1), cells.flatten(2), overwrite=True)
-    return mixed.transpose(0, 1)
+    return mixed.view(mixtures, batch, spec.cell_shape[0], -1).transpose(0, 1)
 
 
 def convolve_mixtures(
@@ -81,7 +81,7 @@ def convolve_mixtures(
 
     Args:
         x: ``(B, C, *spatial)``.
-        mixed: ``(B, m, co * ci * window)``.
+        mixed: ``(B, m, co, ci * window)``.
         spec: The layer's constants; one group.
         out: ``(B, O, *spatial')``, to be overwritten; allocated where not given.
 
@@ -93,7 +93,7 @@ def convolve_mixtures(
     by_group = y.flatten(2).unflatten(1, (spec.grid[1], -1))
     for o in range(spec.grid[1]):
         for count, (position, i, mixture) in enumerate(_mixtures_of(spec, o)):
-            sums, factors = by_group[:, o], (_matrices(mixed[:, mixture], spec), columns[position, :, i])
+            sums, factors = by_group[:, o], (mixed[:, mixture], columns[position, :, i])
             torch.baddbmm(sums, *factors, beta=0 if count == 0 else 1, out=sums)
     return y
 
@@ -125,15 +125,15 @@ def convolve_mixtures_backward(
         columns = _columns(x, spec)
         for o in range(out_groups):
             for position, i, mixture in _mixtures_of(spec, o):
-                to = _matrices(grad_mixed[:, mixture], spec)
-                torch.bmm(by_group[:, o], columns[position, :, i].transpose(1, 2), out=to)
+                seen = columns[position, :, i].transpose(1, 2)
+                torch.bmm(by_group[:, o], seen, out=grad_mixed[:, mixture])
         del columns
     if not need_input:
         return None
     grad_columns = x.new_empty(positions, x.shape[0], in_groups, _rows(spec), by_group.shape[-1])
     for o in range(out_groups):
         for position, i, mixture in _mixtures_of(spec, o):
-            sums, factors = grad_columns[position, :, i], (_matrices(mixed[:, mixture], spec), by_group[:, o])
+            sums, factors = grad_columns[position, :, i], (mixed[:, mixture], by_group[:, o])
             torch.baddbmm(sums, factors[0].transpose(1, 2), factors[1], beta=0 if o == 0 else 1, out=sums)
     return _columns_backward(grad_columns, grad, x, spec)
 
@@ -148,11 +148,6 @@ def _mixtures_of(spec: ConvSpec, out_group: int) -> Iterator[tuple[int, int, int
 
 def _rows(spec: ConvSpec) -> int:
     return math.prod(spec.cell_shape[1:])
-
-
-def _matrices(mixed: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
-    """Return one mixture of every sample as matrices ``(B, co, ci * window)``."""
-    return mixed.unflatten(1, (spec.cell_shape[0], _rows(spec)))
 
 
 def _seen(spec: ConvSpec, out: Sequence[int]) -> Iterator[tuple[slice, ...]]:
