@@ -169,7 +169,7 @@ def test_operations_are_counted():
 
 
 @pytest.mark.parametrize('size', [(1, 1), (2, 1), (3, 2), (5, 4)])
-@pytest.mark.parametrize('stride, padding, dilation', [(1, 1, 1), (2, 1, 1), (1, 6, 6), (1, 2, 1), (3, 1, 1)])
+@pytest.mark.parametrize(('stride', 'padding', 'dilation'), [(1, 1, 1), (2, 1, 1), (1, 6, 6), (1, 2, 1), (3, 1, 1)])
 def test_seeing_positions(size, stride, padding, dilation):
     """Exactly the positions whose weights can change something."""
     spec = ConvSpec.of((9, 1, 1), (1, 1, 1, 1), (3, 3), (stride,) * 2, (padding,) * 2, (dilation,) * 2)

@@ -194,8 +194,9 @@ class _ConvFromBases(torch.autograd.Function):
                 if grad_mixed is None:
                     continue
                 grad_mixed = grad_mixed.transpose(0, 1)
-                for i in range(mixtures) if grad_coefficients is not None else ():
-                    add_dot_products(grad_coefficients[i, chunk], grad_mixed[i], flat[i])
+                if grad_coefficients is not None:
+                    for i in range(mixtures):
+                        add_dot_products(grad_coefficients[i, chunk], grad_mixed[i], flat[i])
                 if grad_bases is not None:
                     left = coefficients[chunk].permute(1, 2, 0)
                     add_products(grad_bases, left, grad_mixed, overwrite=chunk.start == 0)

@@ -100,9 +100,11 @@ def convolve_fixed(
         return conv_by_products(x, coefficients, cells, bias, spec, factors)
     if torch.compiler.is_compiling() and x.shape[0] != 0:
         return _convolve_compiled(x, in_type_of(x, mix_cells(coefficients, cells, spec, factors)), bias, spec)
-    own = [(cells, 0)] if cells.dim() > 1 + len(spec.cell_shape) else []
-    spec, (coefficients, *others) = without_blind_positions(x, spec, (coefficients, 1), *own)
-    return _convolve_in_chunks(x, coefficients, *(others or [cells]), bias, spec, factors)
+    if cells.dim() == 1 + len(spec.cell_shape):
+        spec, (coefficients,) = without_blind_positions(x, spec, (coefficients, 1))
+    else:
+        spec, (coefficients, cells) = without_blind_positions(x, spec, (coefficients, 1), (cells, 0))
+    return _convolve_in_chunks(x, coefficients, cells, bias, spec, factors)
 
 
 def _convolve_compiled(

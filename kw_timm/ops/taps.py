@@ -178,5 +178,6 @@ def _columns_backward(grad_columns: torch.Tensor, grad: torch.Tensor, x: torch.T
         by_position = grad_columns.reshape(-1, *x.shape[:2], *grad.shape[2:])
     for seen, part in zip(_seen(spec, grad.shape[2:]), by_position, strict=True):
         grad_padded[seen] += part
-    inner = (slice(padding, padding + size) for size, padding in zip(x.shape[2:], spec.padding, strict=True))
-    return grad_padded[(..., *inner)]
+    for axis, (size, padding) in enumerate(zip(x.shape[2:], spec.padding, strict=True), 2):
+        grad_padded = grad_padded.narrow(axis, padding, size)
+    return grad_padded
