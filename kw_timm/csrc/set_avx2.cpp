@@ -5,6 +5,7 @@
 #pragma clang attribute push(__attribute__((target("avx2,fma,bmi2"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma,bmi2")
+#define WITH_AVX2 /* of GCC's functions for it, which tells no C++ file itself */
 #endif
 #include "instruction_set.h"
 

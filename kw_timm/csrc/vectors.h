@@ -47,6 +47,14 @@ template <typename Set, typename Cell> struct Vectors {
     static ALWAYS_INLINE Vector load(const Real *from) { return read<Vector>(from); }
     static ALWAYS_INLINE Vector load(const int8_t *from)
     {
+#if defined(WITH_AVX2)
+        if constexpr (Set::VECTOR_BYTES == 32) { /* GCC would convert eight bytes one after another. */
+            typedef char Bytes16 __attribute__((vector_size(16)));
+            typedef int64_t Half __attribute__((vector_size(16)));
+            const Half bytes = {read<int64_t>(from), 0};
+            return __builtin_convertvector((Integers)__builtin_ia32_pmovsxbd256((Bytes16)bytes), Vector);
+        }
+#endif
         /* At once, GCC would convert one element after another. */
         return __builtin_convertvector(__builtin_convertvector(read<Bytes>(from), Integers), Vector);
     }
