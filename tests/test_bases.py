@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import timm
 import torch
 from networks import images
 from torch import nn
@@ -10,7 +11,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from kw_timm import WarehousePlan, kernelize, optimize_for_inference
+from kw_timm import WarehousePlan, kernelize, mixing_work, optimize_for_inference
 from kw_timm.layers import KWConv2d, Warehouse, kw_layers, straightforward
 from kw_timm.ops import ConvSpec, taps
 from kw_timm.ops.bases import bases_from_batch
@@ -166,6 +167,14 @@ def test_operations_are_counted():
     saved = by_cells.get_total_flops() - by_bases.get_total_flops()
     kernel = 8 * 8 * 3 * 3
     assert saved == 2 * kernel * (128 * 288 - 17 * (128 + 288))
+
+
+@pytest.mark.parametrize(('batch', 'gflops'), [(128, 154.4), (8, 24.6)])
+def test_work_of_a_pass(batch, gflops):
+    """At 4x and 128 images 154 GFLOP instead of 394; 8 images are too few."""
+    with torch.device('meta'):
+        model = timm.create_model('kw4x_resnet18')
+    assert mixing_work(model, batch).flops / 1e9 == pytest.approx(gflops, abs=0.1)
 
 
 @pytest.mark.parametrize('size', [(1, 1), (2, 1), (3, 2), (5, 4)])

@@ -1,6 +1,9 @@
 """The compiled products, with every width of vectors that the processor has, against torch's."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -110,3 +113,19 @@ def test_dot_products_are_added(dtype):
         expected = out.double() + left.double() @ right.double().t()
         add_dot_products(out, left, right)
         assert_close(out, expected)
+
+
+def told(instructions):
+    program = 'from kw_timm.ops import native; print(native.instructions())'
+    environment = os.environ | {'KW_TIMM_ISA': instructions}
+    return subprocess.run([sys.executable, '-c', program], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize('vectors', [16], indirect=True)
+def test_instructions_by_variable():
+    widest = {16: 'any', 32: 'avx2', 64: 'avx512'}[native.module.use_vectors(64)]
+    assert told('any').stdout.split() == ['any']
+    assert told('').stdout.split() == [widest]
+    refused = told('sse9')
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith("ValueError: KW_TIMM_ISA='sse9' is not known; use one of avx512,")

@@ -14,6 +14,7 @@ import torch
 
 from .. import __version__
 from ..files import new_file
+from ..ops import native
 from .measure import Settings, gemm_speed, read_bandwidth, uncertainty
 
 __all__ = ['Machine', 'Result', 'bound', 'device_name', 'grouped', 'measure_machine', 'read_csv', 'write_csv']
@@ -94,13 +95,21 @@ def device_name(device: torch.device) -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
+def _instructions() -> str:
+    """Name the instructions that torch computes with, and those of KW layers where they are others."""
+    of_torch, own = torch.backends.cpu.get_cpu_capability(), native.instructions()
+    if own is None:
+        return f'{of_torch}, KW layers not compiled'
+    return of_torch if own.upper() == of_torch else f'{of_torch}, KW layers {own}'
+
+
 def measure_machine(settings: Settings) -> Machine:
     """Name a device and measure its limits; takes a few seconds."""
     device = settings.device
     what = (str(device), device_name(device), torch.get_num_threads(), str(settings.dtype).removeprefix('torch.'))
     versions = (torch.__version__, timm.__version__, __version__, platform.python_version())
     limits = (gemm_speed(settings), read_bandwidth(settings))
-    instructions = torch.backends.cpu.get_cpu_capability() if device.type == 'cpu' else None
+    instructions = _instructions() if device.type == 'cpu' else None
     float32 = gemm_speed(settings, torch.float32) if settings.dtype.itemsize < 4 else None
     return Machine(*what, *limits, *versions, instructions, float32, 'CPU time' if settings.cpu_time else None)
 

@@ -140,7 +140,7 @@ def mixing_work(model: nn.Module, batch_size: int) -> MixingWork:
     layers = [module for module in model.modules() if isinstance(module, KWLayer | OptimizedKWLayer)]
     if not layers:
         raise ValueError(f'{type(model).__name__} has no KW layer, so there is nothing to mix.')
-    return sum((_work(layer, batch_size) for layer in layers), MixingWork(0, 0))
+    return sum((_work_now(layer, batch_size) for layer in layers), MixingWork(0, 0))
 
 
 def parse_bytes(size: int | str | None) -> int:
@@ -181,6 +181,15 @@ def _work(layer: KWLayer | OptimizedKWLayer, batch_size: int, bases: int = 0) ->
     else:
         terms, read = attention.num_cells, float(cells.nbytes)
     return MixingWork.of(batch_size, attention.num_mixtures, terms, cells[0].numel(), read)
+
+
+def _work_now(layer: KWLayer | OptimizedKWLayer, batch_size: int) -> MixingWork:
+    """Cost of a layer's kernels by the contraction that it takes for a batch."""
+    if isinstance(layer, OptimizedKWLayer) or not layer.uses_bases(batch_size):
+        return _work(layer, batch_size)
+    attention, cells = layer.attention, layer.__dict__['warehouse'].weight
+    made = attention.num_mixtures * attention.num_terms * cells[0].numel()  # Bases, written once and read once.
+    return MixingWork(2.0 * made * (attention.num_cells + batch_size), cells.nbytes + 2.0 * made * cells.element_size())
 
 
 def _plan(layers: dict[str, KWLayer], report: OptimizationReport) -> set[str]:

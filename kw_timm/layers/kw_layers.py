@@ -144,16 +144,16 @@ class KWLayer(SharingLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve each sample of ``x: (B, C, *spatial)`` with its own kernel."""
-        if self._prefers_bases(x):
+        if takes_bases(x) and self.uses_bases(x.shape[0]):
             return conv_from_bases(x, *self.attention.of_bases(x), self._cells(), self.bias, self.spec)
         return kernel_warehouse_conv(x, self.attention(x), self._cells(), self.bias, self.spec)
 
-    def _prefers_bases(self, x: torch.Tensor) -> bool:
+    def uses_bases(self, batch_size: int) -> bool:
+        """Return whether kernels of so many samples are made from bases, where torch just computes."""
         attention = self.attention
         return (
-            takes_bases(x)
-            and self.spec.groups == 1  # Depthwise kernels are small.
-            and x.shape[0] >= bases_from_batch(attention.num_terms, attention.num_cells)
+            self.spec.groups == 1  # Depthwise kernels are small.
+            and batch_size >= bases_from_batch(attention.num_terms, attention.num_cells)
             and attention.is_affine
         )
 

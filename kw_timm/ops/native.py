@@ -4,6 +4,7 @@ What is behind the door trusts what it gets, so every tensor that passes is chec
 """
 
 import math
+import os
 from array import array
 from collections.abc import Sequence
 from types import ModuleType
@@ -16,7 +17,30 @@ try:
 except ImportError:  # installed without a compiler
     module = None
 
-__all__ = ['add_dots', 'attend', 'computes_in', 'mix', 'module', 'use_huge_pages']
+__all__ = ['add_dots', 'attend', 'computes_in', 'instructions', 'mix', 'module', 'use_huge_pages']
+
+# The widest instructions to use, so that one kind of processor can measure for another; the name -> bytes of a vector.
+ISA_VARIABLE = 'KW_TIMM_ISA'
+_VECTORS = {'avx512': 64, 'avx2': 32, 'any': 16}
+
+
+def _use_widest() -> str | None:
+    wanted = os.environ.get(ISA_VARIABLE) or 'avx512'
+    if wanted not in _VECTORS:
+        raise ValueError(f"{ISA_VARIABLE}='{wanted}' is not known; use one of {', '.join(_VECTORS)}, or unset it.")
+    if module is None:
+        return None
+    used = module.use_vectors(_VECTORS[wanted])
+    return next(name for name, size in _VECTORS.items() if size == used)
+
+
+_instructions = _use_widest()
+
+
+def instructions() -> str | None:
+    """Return the instructions that the module uses since its import, ``'avx512'``, ``'avx2'`` or ``'any'``, or None."""
+    return _instructions
+
 
 # How cells are stored -> the module's code for it, and the type of coefficients and results.
 _TYPES = {
