@@ -145,6 +145,15 @@ def test_autocast(dtype, used):
     assert 0 < errors[0] < 2 * errors[1] < 0.05
 
 
+def test_cells_of_another_type(used):
+    net = layer().float()
+    net.warehouse.bfloat16()
+    assert_straightforward(net.conv, inputs().float(), rtol=1e-5, atol=1e-6)
+    net.conv(inputs().float()).sum().backward()
+    assert net.warehouse.weight.grad.dtype == torch.bfloat16
+    assert used == [BATCH] * 2
+
+
 def test_checkpointed_training(used):
     net = layer().train()
     x, gradients = inputs(), []

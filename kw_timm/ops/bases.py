@@ -20,6 +20,7 @@ from .candidates import mix_and_convolve, mix_and_convolve_backward, without_bli
 from .mixing import add_dot_products, add_products
 from .modes import autocast_dtype, is_recording, is_straightforward, is_transforming
 from .spec import ConvSpec, check_input
+from .straightforward import in_type_of, straightforward_conv
 
 __all__ = ['bases_from_batch', 'conv_from_bases', 'takes_bases']
 
@@ -83,6 +84,9 @@ def conv_from_bases(
         x, coefficients, maps, cells = (t.to(dtype) for t in (x, coefficients, maps, cells))
         bias = None if bias is None else bias.to(dtype)
     x = spec.pad_end(x)
+    if not x.dtype == coefficients.dtype == maps.dtype == cells.dtype:
+        mixing = torch.bmm(coefficients.transpose(0, 1), in_type_of(coefficients, maps)).transpose(0, 1)
+        return straightforward_conv(x, mixing, cells, bias, spec)
     spec, (coefficients, maps) = without_blind_positions(x, spec, (coefficients, 1), (maps, 0))
     given = (x, coefficients, maps, cells, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
