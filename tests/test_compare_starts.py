@@ -47,6 +47,16 @@ def test_configs(name, annotations, tmp_path):
         assert (config.train_cfg.max_epochs, list(config.param_scheduler[-1].milestones)) == (5, [4])
 
 
+def test_masks(annotations, tmp_path):
+    files = (annotations, annotations, tmp_path)
+    config = compare_starts.make_config('kw', *files, 'mobilenetv2_050', 'kw1x_mobilenetv2_050', 1, '', masks=True)
+    heads = config.model.roi_head
+    assert (heads.mask_head.num_classes, heads.bbox_head.num_classes) == (2, 2)
+    evaluation = config.evaluation if GENERATION == 2 else config.val_evaluator
+    assert list(evaluation.metric) == ['bbox', 'segm']
+    assert "'with_mask': True" in str(config)
+
+
 def test_kw_networks_by_cells_per_mixture(annotations, tmp_path):
     files = (annotations, annotations, tmp_path)
     config = compare_starts.make_config(

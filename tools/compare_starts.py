@@ -1,7 +1,7 @@
 """Compare how detectors begin, on data of one's own: static and KW, from random weights and from trained ones.
 
-Trains small Faster R-CNNs of the same budget on images with boxes in COCO's format, several seeds each, and prints the
-mean and spread of their AP:
+Trains small Faster R-CNNs (or Mask R-CNNs, ``--masks``) of the same budget on images with boxes in COCO's format,
+several seeds each, and prints the mean and spread of their AP:
 
 * from random weights: static; KW as new networks begin; KW by the published initialization, with annealing;
 * from a static network's weights (``--weights``, or the static run's): static again; KW that computes what the static
@@ -53,6 +53,7 @@ def make_config(
     checkpoint: Path | str,
     lr: float = 1e-3,
     scale: tuple[int, int] = (320, 240),
+    masks: bool = False,
 ) -> Any:
     """Return the config of one start.
 
@@ -67,6 +68,7 @@ def make_config(
         checkpoint: Weights to start from: a trained static detector, a classifier, or ``timm://NAME``.
         lr: AdamW's learning rate.
         scale: Width and height that images are fitted into.
+        masks: Learn masks too, a Mask R-CNN.
     """
     start = dict(STARTS[name])
     backbone: dict[str, Any] = network(static, variant) if start.pop('kw') else dict(name=static)
@@ -77,7 +79,11 @@ def make_config(
     config.model.backbone.update(backbone | start)
     shape: dict[str, Any] = {key: value for key, value in backbone.items() if key != 'init_cfg'}
     config.model.neck.in_channels = list(PyramidFeatures(**shape).out_channels)
-    config.model.roi_head.update(mask_head=None, mask_roi_extractor=None)
+    if masks:
+        config.model.roi_head.mask_head.num_classes = len(classes)
+    else:
+        config.model.roi_head.update(mask_head=None, mask_roi_extractor=None)
+    metric = ['bbox', 'segm'] if masks else 'bbox'
     config.model.roi_head.bbox_head.num_classes = len(classes)
     config.model.rpn_head.anchor_generator.scales = [8]
     last = max(epochs - max(epochs // 5, 1), 1)
@@ -88,18 +94,18 @@ def make_config(
         config.runner.max_epochs = epochs
         config.lr_config.step = [last]
         config.optimizer.lr = lr
-        config.evaluation.update(interval=epochs, metric='bbox')
+        config.evaluation.update(interval=epochs, metric=metric)
     else:
         parts = [config[f'{split}_dataloader'].dataset for split in ('train', 'val', 'test')]
         for part, file in zip(parts, (train, val, val), strict=True):
             part.update(ann_file=str(file), data_prefix=dict(img=f'{images}/'), metainfo=dict(classes=classes))
         for evaluator in (config.val_evaluator, config.test_evaluator):
-            evaluator.update(ann_file=str(val), metric='bbox')
+            evaluator.update(ann_file=str(val), metric=metric)
         config.train_cfg.update(max_epochs=epochs, val_interval=epochs)
         config.param_scheduler[-1].milestones = [last]
         config.optim_wrapper.optimizer.lr = lr
     for part in parts:
-        _prepare_images(part.pipeline, scale)
+        _prepare_images(part.pipeline, scale, masks)
     if start.get('init') == 'published':
         config.custom_hooks = [*config.custom_hooks, dict(type='TemperatureHook', epochs=max(epochs // 2, 1))]
     return config
@@ -115,13 +121,13 @@ def network(static: str, variant: str) -> dict[str, Any]:
     return dict(name='kernelized', static=static, plan=plan)
 
 
-def _prepare_images(steps: Sequence[Any], scale: tuple[int, int]) -> None:
+def _prepare_images(steps: Sequence[Any], scale: tuple[int, int], masks: bool) -> None:
     for step in steps:
         if 'transforms' in step:
-            _prepare_images(step.transforms, scale)
+            _prepare_images(step.transforms, scale, masks)
         if step.type == 'LoadAnnotations':
-            step.with_mask = False
-        if 'keys' in step and step.type == 'Collect':
+            step.with_mask = masks
+        if 'keys' in step and step.type == 'Collect' and not masks:
             step['keys'] = [key for key in step['keys'] if key != 'gt_masks']
         for key in ('img_scale', 'scale'):
             if key in step:
@@ -130,8 +136,8 @@ def _prepare_images(steps: Sequence[Any], scale: tuple[int, int]) -> None:
             step.direction = 'horizontal'
 
 
-def train(config: Any, folder: Path, seed: int) -> float:
-    """Train and evaluate in a process of its own; return the AP of boxes. What is there already is not done again."""
+def train(config: Any, folder: Path, seed: int, what: str = 'bbox') -> float:
+    """Train and evaluate in a process of its own; return the AP of ``'bbox'`` or ``'segm'``; what is there is kept."""
     result = folder / 'ap.json'
     if result.is_file():
         return float(json.loads(result.read_text()))
@@ -143,13 +149,13 @@ def train(config: Any, folder: Path, seed: int) -> float:
         code = subprocess.call([*command, '--seed', str(seed)], stdout=file, stderr=subprocess.STDOUT)
     if code:
         raise SystemExit(f'a training failed, see {log}')
-    ap = _last_ap(folder)
+    ap = _last_ap(folder, what)
     result.write_text(json.dumps(ap))
     return ap
 
 
-def _last_ap(folder: Path) -> float:
-    key = 'bbox_mAP' if GENERATION == 2 else 'coco/bbox_mAP'
+def _last_ap(folder: Path, what: str) -> float:
+    key = f'{what}_mAP' if GENERATION == 2 else f'coco/{what}_mAP'
     pattern = '*.log.json' if GENERATION == 2 else '*/vis_data/scalars.json'
     lines = [json.loads(line) for file in sorted(folder.glob(pattern)) for line in file.read_text().splitlines()]
     return float([line for line in lines if key in line][-1][key])
@@ -167,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--epochs', type=int, default=4, help='epochs of each training (default: %(default)s)')
     parser.add_argument('--lr', type=float, default=1e-3, help="AdamW's learning rate (default: %(default)s)")
     parser.add_argument('--scale', type=int, nargs=2, default=(320, 240), help='size of images (default: 320 240)')
+    parser.add_argument('--masks', action='store_true', help='Mask R-CNN, and the AP of its masks')
     parser.add_argument('--seeds', type=int, default=3, help='trainings of each kind (default: %(default)s)')
     parser.add_argument('--starts', nargs='+', choices=STARTS, default=list(STARTS), help='(all)')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/starts'), help='default: %(default)s')
@@ -181,10 +188,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.weights or args.work_dir / f'static_{seed}/latest.pth',
             args.lr,
             tuple(args.scale),
+            args.masks,
         )
-        found[name].append(train(config, args.work_dir / f'{name.replace(" ", "_")}_{seed}', seed))
+        folder = args.work_dir / f'{name.replace(" ", "_")}_{seed}'
+        found[name].append(train(config, folder, seed, 'segm' if args.masks else 'bbox'))
         tqdm.write(f'{name}, seed {seed}: {found[name][-1]:.3f}')
-    print(f'\nAP of boxes after {args.epochs} epochs, mean and standard deviation of {args.seeds} seeds')
+    print(
+        f'\nAP of {"masks" if args.masks else "boxes"} after {args.epochs} epochs, mean and standard deviation of {args.seeds} seeds'
+    )
     for name, values in found.items():
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         print(f'{name:50}{statistics.mean(values):.3f} +- {spread:.3f}   ({", ".join(f"{v:.3f}" for v in values)})')
