@@ -193,9 +193,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = args.work_dir / f'{name.replace(" ", "_")}_{seed}'
         found[name].append(train(config, folder, seed, 'segm' if args.masks else 'bbox'))
         tqdm.write(f'{name}, seed {seed}: {found[name][-1]:.3f}')
-    print(
-        f'\nAP of {"masks" if args.masks else "boxes"} after {args.epochs} epochs, mean and standard deviation of {args.seeds} seeds'
-    )
+    what = 'masks' if args.masks else 'boxes'
+    print(f'\nAP of {what} after {args.epochs} epochs, mean and standard deviation of {args.seeds} seeds')
     for name, values in found.items():
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         print(f'{name:50}{statistics.mean(values):.3f} +- {spread:.3f}   ({", ".join(f"{v:.3f}" for v in values)})')
