@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .buffers import empty_buffer, sum_buffer
+from .buffers import empty_buffer, slices, sum_buffer
 from .candidates import mix_and_convolve, mix_and_convolve_backward, without_blind_positions
 from .mixing import add_dot_products, add_products
-from .modes import autocast_dtype, is_recording, is_straightforward, is_transforming
+from .modes import in_autocast_type, is_recording, is_straightforward, is_transforming, learns
 from .spec import ConvSpec, check_input
 from .straightforward import in_type_of, straightforward_conv
 
@@ -79,37 +79,28 @@ def conv_from_bases(
         ValueError: If the input is not a batch, has no pixels or is smaller than the kernel.
     """
     check_input(x, spec)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, coefficients, maps, cells = (t.to(dtype) for t in (x, coefficients, maps, cells))
-        bias = None if bias is None else bias.to(dtype)
+    x, coefficients, maps, cells, bias = in_autocast_type(x, coefficients, maps, cells, bias)
     x = spec.pad_end(x)
     if not x.dtype == coefficients.dtype == maps.dtype == cells.dtype:
         mixing = torch.bmm(coefficients.transpose(0, 1), in_type_of(coefficients, maps)).transpose(0, 1)
         return straightforward_conv(x, mixing, cells, bias, spec)
     spec, (coefficients, maps) = without_blind_positions(x, spec, (coefficients, 1), (maps, 0))
     given = (x, coefficients, maps, cells, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+    if learns(*given):
         return _ConvFromBases.apply(*given, spec)
     return _convolve(*given, spec)
-
-
-def _slices(length: int, count: int) -> Iterator[slice]:
-    count = max(1, min(length, count))
-    for i in range(count):
-        yield slice(length * i // count, length * (i + 1) // count)
 
 
 def _rows_of_cells(maps: torch.Tensor, spec: ConvSpec) -> Iterator[slice]:
     """Slices of the cells' output channels whose bases are in memory at one time."""
     needed = maps.shape[0] * maps.shape[1] * math.prod(spec.cell_shape) * maps.element_size()
-    return _slices(spec.cell_shape[0], -(-needed // _most(maps, _BASES_BYTES)))
+    return slices(spec.cell_shape[0], -(-needed // _most(maps, _BASES_BYTES)))
 
 
 def _samples(x: torch.Tensor, spec: ConvSpec, most: int) -> Iterator[slice]:
     """Slices of the batch whose kernels are in memory at one time."""
     needed = x.shape[0] * math.prod(spec.grid) * math.prod(spec.cell_shape) * x.element_size()
-    return _slices(x.shape[0], -(-needed // _most(x, most)))
+    return slices(x.shape[0], -(-needed // _most(x, most)))
 
 
 def _most(like: torch.Tensor, size: int) -> int:

@@ -9,7 +9,7 @@ import ctypes
 import math
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.utils.weak import TensorWeakRef
 from . import native
 from .modes import is_plain
 
-__all__ = ['empty_buffer', 'empty_cache', 'kept_bytes', 'sum_buffer']
+__all__ = ['empty_buffer', 'empty_cache', 'kept_bytes', 'slices', 'sum_buffer']
 
 # The C library keeps smaller buffers for the next request.
 _LARGE = 16 * 2**20
@@ -82,6 +82,13 @@ def _keep(memory: torch.Tensor) -> None:
 # is known by its address, which another may inherit: hence the reference to it.
 _sums: dict[tuple[int, int], tuple[weakref.ref[Any], TensorWeakRef]] = {}
 _pass_id: Callable[[], int] = getattr(torch._C, '_current_graph_task_id', lambda: -1)
+
+
+def slices(length: int, count: int) -> Iterator[slice]:
+    """Yield slices of like sizes, ``count`` or as many as there are elements: what is in memory at one time."""
+    count = min(length, count)
+    for i in range(count):
+        yield slice(length * i // count, length * (i + 1) // count)
 
 
 def sum_buffer(cells: torch.Tensor, parameter: torch.Tensor | None = None) -> tuple[torch.Tensor, bool]:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .buffers import sum_buffer
+from .buffers import slices, sum_buffer
 from .candidates import mix_and_convolve, mix_and_convolve_backward, without_blind_positions
 from .compiled_conv import conv_in_compiled_graph
 from .convolution import conv_pointwise
 from .mixing import add_dot_products, add_products, mix_cells
-from .modes import autocast_dtype, is_recording, is_straightforward, is_transforming
+from .modes import autocast_dtype, in_autocast_type, is_recording, is_straightforward, is_transforming, learns
 from .products import conv_by_products
 from .spec import ConvSpec, check_input
 from .straightforward import assemble_kernels, in_type_of, straightforward_conv
@@ -49,22 +49,19 @@ def kernel_warehouse_conv(
         ValueError: If the input is not a batch, has no pixels or is smaller than the kernel.
     """
     check_input(x, spec)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, coefficients, cells = x.to(dtype), coefficients.to(dtype), cells.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    x, coefficients, cells, bias = in_autocast_type(x, coefficients, cells, bias)
     x = spec.pad_end(x)
     if is_recording() and not is_straightforward():
         return conv_by_products(x, coefficients, cells, bias, spec)
-    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, coefficients, cells, bias))
+    is_learning = learns(x, coefficients, cells, bias)
     if torch.compiler.is_compiling() and not is_straightforward() and x.shape[0] != 0:
-        make = assemble_kernels if learns else mix_cells
+        make = assemble_kernels if is_learning else mix_cells
         return _convolve_compiled(x, in_type_of(x, make(coefficients, cells, spec)), bias, spec)
     # Depthwise kernels are small: left to autograd, which keeps them.
-    if (learns and spec.groups != 1) or _must_be_straightforward(x, coefficients, cells):
+    if (is_learning and spec.groups != 1) or _must_be_straightforward(x, coefficients, cells):
         return straightforward_conv(x, coefficients, cells, bias, spec)
     spec, (coefficients,) = without_blind_positions(x, spec, (coefficients, 1))
-    if not learns:
+    if not is_learning:
         return _convolve_in_chunks(x, coefficients, cells, bias, spec)
     return _KernelWarehouseConv.apply(x, coefficients, cells, bias, spec)
 
@@ -126,12 +123,7 @@ def _must_be_straightforward(x: torch.Tensor, coefficients: torch.Tensor, cells:
 def _chunks(x: torch.Tensor, kernel_bytes: int) -> Iterator[slice]:
     """Slices of the batch, of like sizes, whose kernels are in memory at one time."""
     most = max(1, _CHUNK_BYTES // kernel_bytes)
-    return _slices(x.shape[0], -(-x.shape[0] // most) if x.device.type == 'cpu' else 1)
-
-
-def _slices(length: int, count: int) -> Iterator[slice]:
-    for i in range(count):
-        yield slice(length * i // count, length * (i + 1) // count)
+    return slices(x.shape[0], -(-x.shape[0] // most) if x.device.type == 'cpu' else 1)
 
 
 def _parts_of_cells(x: torch.Tensor, spec: ConvSpec) -> Iterator[slice]:
@@ -140,7 +132,7 @@ def _parts_of_cells(x: torch.Tensor, spec: ConvSpec) -> Iterator[slice]:
     Unlike slices of the batch, each adds to another part of the cells' gradient, which is large.
     """
     channels, needed = spec.cell_shape[0], x.shape[0] * _kernel_bytes(x, spec)
-    return _slices(channels, min(channels, -(-needed // _BACKWARD_CHUNK_BYTES)) if x.device.type == 'cpu' else 1)
+    return slices(channels, -(-needed // _BACKWARD_CHUNK_BYTES) if x.device.type == 'cpu' else 1)
 
 
 def _kernel_bytes(x: torch.Tensor, spec: ConvSpec) -> int:

@@ -2,10 +2,20 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-__all__ = ['autocast_dtype', 'is_plain', 'is_recording', 'is_straightforward', 'is_transforming', 'straightforward']
+__all__ = [
+    'autocast_dtype',
+    'in_autocast_type',
+    'is_plain',
+    'is_recording',
+    'is_straightforward',
+    'is_transforming',
+    'learns',
+    'straightforward',
+]
 
 # Before torch 2.7 exporting and compiling could not be told apart.
 _is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
@@ -74,3 +84,14 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def in_autocast_type(x: torch.Tensor, *others: torch.Tensor | None) -> list[Any]:
+    """Return inputs ``x`` and what they are computed with, in the type of :func:`autocast_dtype`."""
+    dtype = autocast_dtype(x)
+    return [t if t is None or dtype is None else t.to(dtype) for t in (x, *others)]
+
+
+def learns(*tensors: torch.Tensor | None) -> bool:
+    """Return whether what is computed of these tensors needs gradients."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
