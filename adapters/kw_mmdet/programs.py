@@ -1,6 +1,7 @@
 """Run MMDetection's own train and test programs on a config that was checked first, in one process or several."""
 
 import argparse
+import gc
 import importlib.util
 import os
 import subprocess
@@ -11,6 +12,7 @@ from types import ModuleType
 
 import mmdet
 import torch
+import torch.distributed as dist
 
 from .checks import check_config
 from .configs import find_config
@@ -170,6 +172,11 @@ def _program(name: str) -> ModuleType:
 def _run_here(program: ModuleType, arguments: Sequence[str]) -> int:
     sys.argv = [str(program.__file__), *arguments]
     program.main()
+    # MMDetection leaves its processes connected. Threads of gloo then let go of tensors while the interpreter ends,
+    # which now and then aborts the process. After an error they may wait for one another: then there is only the end.
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()  # what has ended but still holds the group: DistributedDataParallel
+        dist.destroy_process_group()
     return 0
 
 
