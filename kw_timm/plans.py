@@ -294,7 +294,7 @@ def attention_weights(
 
 @lru_cache(maxsize=256)
 def _norm_weights(norm_layer: NormLayer, hidden: int) -> int:
-    return sum(p.numel() for p in norm_layer(hidden, device='meta').parameters())
+    return sum(p.numel() for p in norm_layer(hidden).parameters())
 
 
 def _short(number: float) -> str:

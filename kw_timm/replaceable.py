@@ -7,6 +7,7 @@ import torch
 from timm.layers import Conv2dSame
 from timm.layers.linear import Linear as AutocastLinear
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
@@ -106,7 +107,7 @@ def _reason(module: Any) -> str | None:
         extra = ', '.join((*module._buffers, *module._modules))
         return f'it holds more than weight and bias ({extra}), which a KW layer would drop; leave it out of the plan.'
     tensor = module.weight.data
-    if type(tensor) is not torch.Tensor or not tensor.is_floating_point():
+    if type(tensor) not in (torch.Tensor, FakeTensor) or not tensor.is_floating_point():
         return (
             f'its weight is a {type(tensor).__name__} of {tensor.dtype}; kernelize the network of plain floating point '
             f'tensors, before it is quantized or sharded.'

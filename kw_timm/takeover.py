@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 
 from .layers import KWLayer, Warehouse
 from .layers.start import ALIVE, gain
@@ -18,8 +19,11 @@ _SPARE = 0.2
 
 
 def kernel_std(static: Any) -> float | None:
-    """Return the root mean square of a static layer's weights; None if they are not there (meta device)."""
-    return None if static.weight.is_meta else float(static.weight.detach().float().square().mean().sqrt())
+    """Return the root mean square of a static layer's weights; None if they are not there (meta device, fake)."""
+    weight = static.weight.detach()
+    if weight.is_meta or isinstance(weight, FakeTensor):
+        return None
+    return float(weight.float().square().mean().sqrt())
 
 
 @torch.no_grad()

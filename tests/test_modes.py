@@ -52,6 +52,18 @@ def test_fake_tensors(net):
         assert net(mode.from_tensor(images())).shape == (2, 1000)
 
 
+@pytest.mark.parametrize('batch', [2, 40], ids=['cells', 'bases'])
+@pytest.mark.parametrize('name', [NAME, 'kw4x_resnet18'])
+def test_nothing_asks_what_is_in_a_tensor(name, batch):
+    """Made, trained and used without values: on a GPU, to ask for one would wait for the device."""
+    with FakeTensorMode():
+        net = timm.create_model(name, temperature_steps=10)
+        x = torch.randn(batch, 3, 32, 32)
+        net(x).sum().backward()
+        assert all(p.grad is not None and p.grad.shape == p.shape for p in net.parameters())
+        assert net.eval()(x).shape == (batch, 1000)
+
+
 @torch.no_grad()
 def test_real_tensors_under_a_fake_mode():
     """Whatever torch says of it, the compiled module is not handed memory that does not exist."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from .buffers import empty_buffer, slices, sum_buffer
@@ -46,7 +47,7 @@ def bases_from_batch(terms: int, cells: int) -> float:
 def takes_bases(x: Any) -> bool:
     """Return whether :func:`conv_from_bases` takes inputs ``x`` now: where torch computes, and records nothing."""
     return (
-        type(x) in (torch.Tensor, torch.nn.Parameter)
+        type(x) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
         and x.device.type != 'meta'
         and not (is_straightforward() or torch.compiler.is_compiling() or is_recording() or is_transforming())
     )
