@@ -229,7 +229,9 @@ class KWAttention(nn.Module):
         if not self.nonlocal_basis:
             return self.fc2.weight.t(), self.fc2.bias
         weight = self.fc2.weight
-        points = torch.cat([weight.new_zeros(1, weight.shape[1]), torch.eye(weight.shape[1], device=weight.device, dtype=weight.dtype)])
+        points = torch.cat(
+            [weight.new_zeros(1, weight.shape[1]), torch.eye(weight.shape[1], device=weight.device, dtype=weight.dtype)]
+        )
         origin, *others = self.logits(points).flatten(1)
         return torch.stack(others) - origin, origin
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..ops import ConvSpec, Padding, kernel_warehouse_conv
 from ..ops.bases import bases_from_batch, conv_from_bases, takes_bases
-from ..ops.modes import is_recording
+from ..ops.casts import cast_once
+from ..ops.modes import autocast_dtype, is_recording
 from .attention import KWAttention, NormLayer
 from .shared import SharingLayer, is_summed_up, known_to_trace
 from .warehouse import Warehouse
@@ -145,8 +146,8 @@ class KWLayer(SharingLayer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve each sample of ``x: (B, C, *spatial)`` with its own kernel."""
         if takes_bases(x) and self.uses_bases(x.shape[0]):
-            return conv_from_bases(x, *self.attention.of_bases(x), self._cells(), self.bias, self.spec)
-        return kernel_warehouse_conv(x, self.attention(x), self._cells(), self.bias, self.spec)
+            return conv_from_bases(x, *self.attention.of_bases(x), self._cells_for(x), self.bias, self.spec)
+        return kernel_warehouse_conv(x, self.attention(x), self._cells_for(x), self.bias, self.spec)
 
     def uses_bases(self, batch_size: int) -> bool:
         """Return whether kernels of so many samples are made from bases, where torch just computes."""
@@ -156,6 +157,12 @@ class KWLayer(SharingLayer):
             and batch_size >= bases_from_batch(attention.num_terms, attention.num_cells)
             and attention.is_affine
         )
+
+    def _cells_for(self, x: torch.Tensor) -> torch.Tensor:
+        cells = self._cells()
+        if isinstance(x, torch.fx.Proxy) or is_recording():
+            return cells
+        return cast_once(cells, autocast_dtype(x), id(self))
 
     def _cells(self) -> torch.Tensor:
         warehouse = self.__dict__['warehouse']
