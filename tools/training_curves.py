@@ -1,6 +1,6 @@
 """Compare runs of ``kw-timm train``: top-1 over epochs, mean and spread over seeds, in a table and a picture.
 
-A kind of run is NAME=PATTERN, the folders of its seeds. Each learning rate gets a panel of its own.
+A kind of run is NAME=PATTERN, the folders of its seeds. Each optimizer and learning rate has a panel of its own.
 
 Example:
     python tools/training_curves.py curves.png 'static=runs/static-*' 'KW 1x=runs/kw1x-*'
@@ -17,16 +17,16 @@ import yaml
 
 from kw_timm.files import new_file
 
-Curves = Mapping[tuple[float, str], list[list[float]]]
+Curves = Mapping[tuple[str, str], list[list[float]]]
 
 
 def read_runs(kinds: Sequence[str]) -> Curves:
-    """Return the top-1 after every epoch, in percent, of every run, by learning rate and name.
+    """Return the top-1 after every epoch, in percent, of every run, by optimizer and learning rate, and by name.
 
     Raises:
         SystemExit: If there are no such runs, or those of one kind have other numbers of epochs.
     """
-    found: dict[tuple[float, str], list[list[float]]] = {}
+    found: dict[tuple[str, str], list[list[float]]] = {}
     for kind in kinds:
         name, _, pattern = kind.partition('=')
         folders = sorted(Path(folder) for folder in glob(pattern) if Path(folder, 'summary.csv').is_file())
@@ -38,20 +38,20 @@ def read_runs(kinds: Sequence[str]) -> Curves:
             options = yaml.safe_load((folder / 'args.yaml').read_text())
             images = options['batch_size'] * options['grad_accum_steps'] * options['processes']
             rate = options['lr'] or options['lr_base'] * images / options['lr_base_size']
-            found.setdefault((rate, name), []).append(top1)
+            found.setdefault((f'{options["opt"]} {rate:g}', name), []).append(top1)
     for (rate, name), runs in found.items():
         if len({len(run) for run in runs}) > 1:
-            raise SystemExit(f"The runs of '{name}' at {rate:g} have {[len(run) for run in runs]} epochs; finish them.")
+            raise SystemExit(f"The runs of '{name}' by {rate} have {[len(run) for run in runs]} epochs; finish them.")
     return found
 
 
 def table(curves: Curves) -> str:
     """Return a line of Markdown for every kind: the top-1 of each seed after the last epoch, and how it came there."""
-    lines = ['| learning rate | network | half way, % | at the end, % | seeds, % |', '| --- | --- | --- | --- | --- |']
-    for (rate, name), runs in sorted(curves.items()):
+    lines = ['| by | network | half way, % | at the end, % | seeds, % |', '| --- | --- | --- | --- | --- |']
+    for (rate, name), runs in curves.items():
         half, last = ([run[at] for run in runs] for at in (len(runs[0]) // 2 - 1, -1))
         seeds = ', '.join(f'{value:.1f}' for value in last)
-        lines.append(f'| {rate:g} | {name} | {_spread(half)} | {_spread(last)} | {seeds} |')
+        lines.append(f'| {rate} | {name} | {_spread(half)} | {_spread(last)} | {seeds} |')
     return '\n'.join(lines)
 
 
@@ -67,9 +67,9 @@ def draw(curves: Curves, file: Path) -> None:
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    rates, names = sorted({rate for rate, _ in curves}), list(dict.fromkeys(name for _, name in curves))
+    rates, names = (list(dict.fromkeys(part)) for part in zip(*curves, strict=True))
     figure, axes = plt.subplots(
-        1, len(rates), figsize=(4.5 * len(rates), 3.6), sharey=True, squeeze=False, layout='constrained'
+        1, len(rates), figsize=(3.6 * len(rates), 3.4), sharey=True, squeeze=False, layout='constrained'
     )
     for axis, rate in zip(axes[0], rates, strict=True):
         for number, name in enumerate(names):
@@ -81,7 +81,7 @@ def draw(curves: Curves, file: Path) -> None:
                 axis.plot(epochs, run, color=f'C{number}', alpha=0.35, linewidth=0.8)
             means = [statistics.mean(values) for values in zip(*runs, strict=True)]
             axis.plot(epochs, means, color=f'C{number}', marker='o', markersize=3, label=f'{name} ({len(runs)})')
-        axis.set(title=f'learning rate {rate:g}', xlabel='epoch', ylim=(0, 102))
+        axis.set(title=rate, xlabel='epoch', ylim=(0, 102))
         axis.grid(alpha=0.3)
         axis.legend(fontsize='small', loc='lower right')
     axes[0][0].set_ylabel('top-1, %')
