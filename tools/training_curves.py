@@ -80,11 +80,12 @@ def draw(curves: Curves, file: Path) -> None:
             for run in runs:
                 axis.plot(epochs, run, color=f'C{number}', alpha=0.35, linewidth=0.8)
             means = [statistics.mean(values) for values in zip(*runs, strict=True)]
-            axis.plot(epochs, means, color=f'C{number}', marker='o', markersize=3, label=f'{name} ({len(runs)})')
+            axis.plot(epochs, means, color=f'C{number}', marker='o', markersize=3, label=name)
         axis.set(title=rate, xlabel='epoch', ylim=(0, 102))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize='small', loc='lower right')
     axes[0][0].set_ylabel('top-1, %')
+    labels = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels.keys(), loc='outside lower center', ncols=len(labels))
     with new_file(file) as filling:
         figure.savefig(filling, dpi=100, format=file.suffix[1:] or 'png')
     plt.close(figure)
