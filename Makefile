@@ -13,6 +13,7 @@ READY_DEMO := $(VENV)/.ready-demo
 # Further environments that hold only what differs, over the packages of the first one.
 VENV3 := .venv3
 READY3 := $(VENV3)/.ready
+READY3_TEST := $(VENV3)/.ready-test
 VENV_PACKAGES := .venv-packages
 READY_PACKAGES := $(VENV_PACKAGES)/.ready
 VENV_APP := .venv-app
@@ -50,9 +51,10 @@ app: $(READY_APP)
 test: $(READY) $(READY3)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Detection under 3.x; what compares the generations, or takes two processes of each, is in the run above.
-test-mmdet3: $(READY) $(READY3)
-	$(VENV3)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(DETECTION) -k 'not demo_end_to_end'
+# Detection under 3.x, and MMPreTrain; what compares the generations, or takes two processes of each, is in the run above.
+test-mmdet3: $(READY) $(READY3_TEST)
+	$(VENV3)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(DETECTION) tests/test_mmpretrain.py \
+		-k 'not demo_end_to_end'
 
 test-slow: $(READY) $(READY3)
 	$(BIN)/python -m pytest -m slow
@@ -125,6 +127,11 @@ endef
 # mmcv-lite asks for an OpenCV that needs a display; the one of the first environment does.
 $(READY3): $(READY_BASE) tools/overlay.sh
 	$(call install_extra,$(VENV3),mmdet3)
+	$(VENV3)/bin/python -m pip uninstall -y opencv-python
+	touch $@
+
+$(READY3_TEST): $(READY3)
+	$(VENV3)/bin/python -m pip install 'kw-timm[mmpretrain]'
 	$(VENV3)/bin/python -m pip uninstall -y opencv-python
 	touch $@
 

@@ -32,8 +32,11 @@ class KWNetwork(nn.Module):
     Attributes:
         warehouses: The cells, by name, in the order of the reference weight files.
         family: Name of the key table for the reference's weight files.
+        is_init: What OpenMMLab's runners ask before they call ``init_weights``, which would draw some of a ResNet's
+            weights anew, trained ones as well; a network has drawn them when it was made.
     """
 
+    is_init = True
     family: str
     warehouses: nn.ModuleDict
 
