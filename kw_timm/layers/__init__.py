@@ -1,6 +1,7 @@
 """The KernelWarehouse method: partition, warehouse, attention, layers. How it is computed is in :mod:`kw_timm.ops`."""
 
 from ..ops import buffers
+from ..ops.choice import measured
 from ..ops.modes import straightforward
 from .attention import KWAttention
 from .kw_layers import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
@@ -19,6 +20,7 @@ __all__ = [
     'Warehouse',
     'assign_cells',
     'buffers',
+    'measured',
     'partition_kernels',
     'straightforward',
 ]

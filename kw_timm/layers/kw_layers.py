@@ -9,8 +9,9 @@ import torch.fx
 from torch import nn
 
 from ..ops import ConvSpec, Padding, kernel_warehouse_conv
-from ..ops.bases import bases_from_batch, conv_from_bases, takes_bases
+from ..ops.bases import bases_from_batch, conv_from_bases, conv_from_bases_or_cells, takes_bases
 from ..ops.casts import cast_once
+from ..ops.choice import is_measured
 from ..ops.modes import autocast_dtype, is_recording
 from .attention import KWAttention, NormLayer
 from .shared import SharingLayer, is_summed_up, known_to_trace
@@ -145,6 +146,8 @@ class KWLayer(SharingLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve each sample of ``x: (B, C, *spatial)`` with its own kernel."""
+        if takes_bases(x) and is_measured(x) and self._has_bases and x.shape[0] != 0:
+            return conv_from_bases_or_cells(x, *self.attention.of_bases(x), self._cells_for(x), self.bias, self.spec)
         if takes_bases(x) and self.uses_bases(x.shape[0]):
             return conv_from_bases(x, *self.attention.of_bases(x), self._cells_for(x), self.bias, self.spec)
         return kernel_warehouse_conv(x, self.attention(x), self._cells_for(x), self.bias, self.spec)
@@ -152,11 +155,11 @@ class KWLayer(SharingLayer):
     def uses_bases(self, batch_size: int) -> bool:
         """Return whether kernels of so many samples are made from bases, where torch just computes."""
         attention = self.attention
-        return (
-            self.spec.groups == 1  # Depthwise kernels are small.
-            and batch_size >= bases_from_batch(attention.num_terms, attention.num_cells)
-            and attention.is_affine
-        )
+        return batch_size >= bases_from_batch(attention.num_terms, attention.num_cells) and self._has_bases
+
+    @property
+    def _has_bases(self) -> bool:
+        return self.spec.groups == 1 and self.attention.is_affine  # Depthwise kernels are small.
 
     def _cells_for(self, x: torch.Tensor) -> torch.Tensor:
         cells = self._cells()

@@ -9,7 +9,8 @@ kernels from them for some samples at a time, and for the gradients both are mad
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,14 @@ from torch.autograd.function import once_differentiable
 
 from .buffers import empty_buffer, slices, sum_buffer
 from .candidates import mix_and_convolve, mix_and_convolve_backward, without_blind_positions
+from .choice import fastest
+from .dynamic_conv import kernel_warehouse_conv
 from .mixing import add_dot_products, add_products
-from .modes import in_autocast_type, is_recording, is_straightforward, is_transforming, learns
+from .modes import autocast_dtype, in_autocast_type, is_recording, is_straightforward, is_transforming, learns
 from .spec import ConvSpec, check_input
 from .straightforward import in_type_of, straightforward_conv
 
-__all__ = ['bases_from_batch', 'conv_from_bases', 'takes_bases']
+__all__ = ['bases_from_batch', 'conv_from_bases', 'conv_from_bases_or_cells', 'takes_bases']
 
 # Bases, and kernels, in memory at one time; of the kernels there are two or three such in the backward pass. Elsewhere
 # than on a CPU there are no caches to fit into, and every operation should be large.
@@ -90,6 +93,47 @@ def conv_from_bases(
     if learns(*given):
         return _ConvFromBases.apply(*given, spec)
     return _convolve(*given, spec)
+
+
+def conv_from_bases_or_cells(
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    maps: torch.Tensor,
+    cells: torch.Tensor,
+    bias: torch.Tensor | None,
+    spec: ConvSpec,
+) -> torch.Tensor:
+    """Convolve as :func:`conv_from_bases`, from bases or from cells, as is the fastest; that is measured.
+
+    Where gradients are needed, they are measured too.
+    """
+    differentiable = (x, coefficients, maps, cells, bias)
+    ways = {'bases': partial(conv_from_bases, spec=spec), 'cells': partial(_conv_from_cells, spec=spec)}
+    needs = [t is not None and learns(t) for t in differentiable]
+    trials = {name: partial(_try, way, differentiable) for name, way in ways.items()}
+    key = ('layer', x.shape, maps.shape, cells.shape, cells.dtype, autocast_dtype(x), spec, *needs)
+    return ways[fastest(key, trials, x)](*differentiable)
+
+
+def _conv_from_cells(
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    maps: torch.Tensor,
+    cells: torch.Tensor,
+    bias: torch.Tensor | None,
+    spec: ConvSpec,
+) -> torch.Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        mixing = torch.bmm(coefficients.transpose(0, 1), maps.to(coefficients.dtype)).transpose(0, 1)
+    return kernel_warehouse_conv(x, mixing, cells, bias, spec)
+
+
+def _try(way: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor | None]) -> None:
+    """Compute forward and, where gradients are needed, backward, apart from the graph that there is."""
+    apart = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
+    y = way(*apart)
+    if y.requires_grad:
+        torch.autograd.grad(y, [t for t in apart if t is not None and t.requires_grad], torch.ones_like(y))
 
 
 def _rows_of_cells(maps: torch.Tensor, spec: ConvSpec) -> Iterator[slice]:

@@ -5,12 +5,18 @@ kernels     Kernels are put together while they are mixed, and convolved with as
 taps        Mixtures stay apart, and each is one factor of a matrix product: :mod:`~kw_timm.ops.taps`.
 ==========  ==========================================================================================================
 
-Every way computes the same, and is held against the straightforward one by the tests.
+Every way computes the same, and is held against the straightforward one by the tests. Which is taken, a rule says, or
+measuring: see :mod:`~kw_timm.ops.choice`.
 """
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 
 from .buffers import empty_buffer
+from .choice import fastest, is_measured
 from .convolution import convolve, convolve_backward
 from .mixing import mix_cells
 from .spec import ConvSpec
@@ -34,7 +40,8 @@ def without_blind_positions(
         The constants and the tensors for the mixtures that are left; where all are, as given.
     """
     tensors = [tensor for tensor, _ in by_mixture]
-    if x.shape[0] == 0 or not takes_taps(x, spec):
+    # On another device to say which are left would wait for it.
+    if x.shape[0] == 0 or x.device.type != 'cpu' or not takes_taps(x, spec):
         return spec, tensors
     positions = seeing_positions(x, spec)
     if not 0 < len(positions) < spec.grid[0]:
@@ -69,8 +76,42 @@ def mix_and_convolve(
     Returns:
         ``(B, O, *spatial')``.
     """
-    if not prefers_taps(x, spec, 'forward'):
-        return convolve(x, mix_cells(coefficients, cells, spec, factors).to(x.dtype), spec, bias, out=out)
+    given = (x, coefficients, cells, spec, bias, factors, out)
+    ways = {'kernels': partial(_by_kernels, *given), 'taps': partial(_by_taps, *given)}
+    return ways[_way('forward', ways, x, cells, spec)]()
+
+
+def _way(
+    direction: str, ways: Mapping[str, Callable[[], Any]], x: torch.Tensor, cells: torch.Tensor, spec: ConvSpec
+) -> str:
+    if spec.positions:
+        return 'taps'  # There is no other way.
+    if not is_measured(x) or not takes_taps(x, spec):
+        return 'taps' if prefers_taps(x, spec, direction.split()[0]) else 'kernels'
+    return fastest((f'mix_and_convolve {direction}', x.shape, cells.shape, cells.dtype, spec), ways, x)
+
+
+def _by_kernels(
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    cells: torch.Tensor,
+    spec: ConvSpec,
+    bias: torch.Tensor | None,
+    factors: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    return convolve(x, mix_cells(coefficients, cells, spec, factors).to(x.dtype), spec, bias, out=out)
+
+
+def _by_taps(
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    cells: torch.Tensor,
+    spec: ConvSpec,
+    bias: torch.Tensor | None,
+    factors: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
     y = convolve_mixtures(x, mix_apart(coefficients, cells, spec).to(x.dtype), spec, out)
     for operation, by_channel in ((y.mul_, factors), (y.add_, bias)):
         if by_channel is not None:
@@ -102,11 +143,35 @@ def mix_and_convolve_backward(
         Gradients of ``x`` and of the mixtures ``(B, m, co * ci * window)``; each None where not needed. A sample's, or
         where cells are each mixture's own a mixture's, lie side by side.
     """
+    given = (grad, x, coefficients, cells, spec, need_input, need_mixtures)
+    ways = {'kernels': partial(_by_kernels_backward, *given), 'taps': partial(_by_taps_backward, *given)}
+    return ways[_way(f'backward {need_input} {need_mixtures}', ways, x, cells, spec)]()
+
+
+def _by_kernels_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    cells: torch.Tensor,
+    spec: ConvSpec,
+    need_input: bool,
+    need_mixtures: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    kernels = mix_cells(coefficients, cells, spec)
+    grad_input, grad_kernels = convolve_backward(grad, x, kernels, spec, need_input, need_mixtures)
+    return grad_input, None if grad_kernels is None else arrange_gradient(grad_kernels, spec)
+
+
+def _by_taps_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    coefficients: torch.Tensor,
+    cells: torch.Tensor,
+    spec: ConvSpec,
+    need_input: bool,
+    need_mixtures: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     own = cells.dim() > 1 + len(spec.cell_shape)
-    if not prefers_taps(x, spec, 'backward'):
-        kernels = mix_cells(coefficients, cells, spec)
-        grad_input, grad_kernels = convolve_backward(grad, x, kernels, spec, need_input, need_mixtures)
-        return grad_input, None if grad_kernels is None else arrange_gradient(grad_kernels, spec)
     mixed = mix_apart(coefficients, cells, spec)
     grad_mixed = None
     if need_mixtures:

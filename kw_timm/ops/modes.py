@@ -9,6 +9,7 @@ import torch
 __all__ = [
     'autocast_dtype',
     'in_autocast_type',
+    'is_computing',
     'is_plain',
     'is_recording',
     'is_straightforward',
@@ -69,9 +70,13 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
     Else the operation goes through torch's dispatcher, so that tracers, counters and fake tensors see it.
     """
+    return tensor.device.type == 'cpu' and is_computing(tensor)
+
+
+def is_computing(tensor: torch.Tensor) -> bool:
+    """Return whether operations on a tensor just compute, on its device, with nothing of torch looking on."""
     return (
         type(tensor) in _PLAIN
-        and tensor.device.type == 'cpu'
         and not torch.compiler.is_compiling()
         and not _dispatch_modes()
         and _functorch_level() is None

@@ -33,14 +33,13 @@ _TYPES = (torch.float32, torch.float64)  # Sums of products are rounded to the t
 
 def takes_taps(x: torch.Tensor, spec: ConvSpec) -> bool:
     """Return whether inputs ``(B, C, *spatial)`` can be convolved this way without loss."""
-    return x.device.type == 'cpu' and x.dtype in _TYPES and spec.groups == 1 and not spec.is_pointwise
+    return x.dtype in _TYPES and spec.groups == 1 and not spec.is_pointwise
 
 
 def prefers_taps(x: torch.Tensor, spec: ConvSpec, direction: str) -> bool:
-    """Return whether convolving inputs this way is the fastest, ``'forward'`` or ``'backward'``."""
-    if spec.positions:
-        return True  # There is no other way.
-    return takes_taps(x, spec) and math.prod(spec.output_size(x)) <= _MOST_PIXELS[direction]
+    """Return whether convolving inputs this way is the fastest as a rule, ``'forward'`` or ``'backward'``."""
+    few = math.prod(spec.output_size(x)) <= _MOST_PIXELS[direction]
+    return few and x.device.type == 'cpu' and takes_taps(x, spec)
 
 
 def seeing_positions(x: torch.Tensor, spec: ConvSpec) -> tuple[int, ...]:
