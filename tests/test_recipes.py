@@ -41,7 +41,15 @@ def name(request) -> str:
 def training(name) -> Training:
     """A run by a network's recipe, two batches of four an epoch; of a small network, the recipe does not ask which."""
     options = (*NETWORK, *EXACT, '--recipe', name, '--batch-size', '4', '--generated', '8', '--output', 'nowhere')
+    options += ('--hflip', str(RECIPES[name].hflip))  # Which generated images do not get.
     return Training(*resolved(*options), torch.device('cpu'))
+
+
+def test_generated_images_are_not_mirrored():
+    """That would make them images of another class."""
+    assert resolved(*NETWORK)[0].hflip == 0
+    assert resolved(*NETWORK, '--hflip', '0.5')[0].hflip == 0.5
+    assert resolved('folder', *NETWORK)[0].hflip == 0.5
 
 
 def test_steps(name, training):

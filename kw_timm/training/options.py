@@ -181,6 +181,8 @@ def resolve(options: argparse.Namespace) -> tuple[Recipe, argparse.Namespace]:
         raise ValueError(f'A network begins in one way; choose one of {", ".join(map(_flag, starts))}.')
     if starts:
         recipe = replace(recipe, temperature_epochs=0.0, init='live')
+    if not (values['data_dir'] or values['dataset']):
+        own.setdefault('hflip', 0.0)  # Mirrored, a generated image is one of another class.
     recipe = replace(recipe, **own)
     settings = argparse.Namespace(**{key: value for key, value in values.items() if key in {*DEFAULTS, 'data_dir'}})
     settings.output = Path(settings.output or f'train-{settings.model.replace("/", "-").replace(":", "-")}')
