@@ -163,7 +163,8 @@ def test_every_mode_has_a_colour_of_its_own():
     assert len(set(COLOURS.values())) == len(MODES)
 
 
-@pytest.mark.parametrize('dtype', ['float64', pytest.param('bfloat16', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', ['float64', 'bfloat16'])
 def test_several_batches_in_another_type(dtype, tmp_path, capsys):
     arguments = ['--device', 'cpu', '--dtype', dtype, '--batch', '1', '2', '--modes', 'default']
     arguments += ['--threads', '1', '--cpu-time']

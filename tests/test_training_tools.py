@@ -179,7 +179,7 @@ def test_channels_last(model):
     torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected)
 
 
-@pytest.mark.parametrize('name', SMALLEST)
+@pytest.mark.parametrize('name', [*SMALLEST[:2], pytest.param(SMALLEST[2], marks=pytest.mark.slow)])
 def test_gradient_checkpointing(name):
     # Dropout draws in another order; batch statistics are those of the same batch.
     model, x = timm.create_model(name, drop_rate=0).train(), images(2)
