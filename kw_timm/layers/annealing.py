@@ -99,9 +99,8 @@ class Annealing:
         Only several passes before one backward pass need it, but which come together is not known here.
         """
         temperature = self.temperature
-        is_zero = (
-            not isinstance(temperature, torch.Tensor) and temperature == 0
-        )  # To ask a tensor waits for its device.
+        # To ask a tensor would wait for its device.
+        is_zero = not isinstance(temperature, torch.Tensor) and temperature == 0
         if not root.training or torch.compiler.is_compiling() or _is_computed_again() or is_zero:
             return
 

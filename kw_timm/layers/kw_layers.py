@@ -146,10 +146,14 @@ class KWLayer(SharingLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve each sample of ``x: (B, C, *spatial)`` with its own kernel."""
-        if takes_bases(x) and is_measured(x) and self._has_bases and x.shape[0] != 0:
-            return conv_from_bases_or_cells(x, *self.attention.of_bases(x), self._cells_for(x), self.bias, self.spec)
-        if takes_bases(x) and self.uses_bases(x.shape[0]):
-            return conv_from_bases(x, *self.attention.of_bases(x), self._cells_for(x), self.bias, self.spec)
+        if takes_bases(x):
+            convolve = None
+            if is_measured(x) and x.shape[0] != 0 and self._has_bases:
+                convolve = conv_from_bases_or_cells
+            elif self.uses_bases(x.shape[0]):
+                convolve = conv_from_bases
+            if convolve is not None:
+                return convolve(x, *self.attention.of_bases(x), self._cells_for(x), self.bias, self.spec)
         return kernel_warehouse_conv(x, self.attention(x), self._cells_for(x), self.bias, self.spec)
 
     def uses_bases(self, batch_size: int) -> bool:

@@ -86,8 +86,7 @@ def conv_from_bases(
     x, coefficients, maps, cells, bias = in_autocast_type(x, coefficients, maps, cells, bias)
     x = spec.pad_end(x)
     if not x.dtype == coefficients.dtype == maps.dtype == cells.dtype:
-        mixing = torch.bmm(coefficients.transpose(0, 1), in_type_of(coefficients, maps)).transpose(0, 1)
-        return straightforward_conv(x, mixing, cells, bias, spec)
+        return straightforward_conv(x, _of_cells(coefficients, maps), cells, bias, spec)
     spec, (coefficients, maps) = without_blind_positions(x, spec, (coefficients, 1), (maps, 0))
     given = (x, coefficients, maps, cells, bias)
     if learns(*given):
@@ -107,25 +106,23 @@ def conv_from_bases_or_cells(
 
     Where gradients are needed, they are measured too.
     """
+
+    def from_cells(x: Any, coefficients: Any, maps: Any, cells: Any, bias: Any) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            mixing = _of_cells(coefficients, maps)
+        return kernel_warehouse_conv(x, mixing, cells, bias, spec)
+
     differentiable = (x, coefficients, maps, cells, bias)
-    ways = {'bases': partial(conv_from_bases, spec=spec), 'cells': partial(_conv_from_cells, spec=spec)}
+    ways: dict[str, Callable[..., torch.Tensor]] = {'bases': partial(conv_from_bases, spec=spec), 'cells': from_cells}
     needs = [t is not None and learns(t) for t in differentiable]
     trials = {name: partial(_try, way, differentiable) for name, way in ways.items()}
     key = ('layer', x.shape, maps.shape, cells.shape, cells.dtype, autocast_dtype(x), spec, *needs)
     return ways[fastest(key, trials, x)](*differentiable)
 
 
-def _conv_from_cells(
-    x: torch.Tensor,
-    coefficients: torch.Tensor,
-    maps: torch.Tensor,
-    cells: torch.Tensor,
-    bias: torch.Tensor | None,
-    spec: ConvSpec,
-) -> torch.Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        mixing = torch.bmm(coefficients.transpose(0, 1), maps.to(coefficients.dtype)).transpose(0, 1)
-    return kernel_warehouse_conv(x, mixing, cells, bias, spec)
+def _of_cells(coefficients: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Return coefficients of the cells, ``(B, m, n)``, from those of the bases."""
+    return torch.bmm(coefficients.transpose(0, 1), in_type_of(coefficients, maps)).transpose(0, 1)
 
 
 def _try(way: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor | None]) -> None:

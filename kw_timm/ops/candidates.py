@@ -10,7 +10,6 @@ measuring: see :mod:`~kw_timm.ops.choice`.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -76,8 +75,18 @@ def mix_and_convolve(
     Returns:
         ``(B, O, *spatial')``.
     """
-    given = (x, coefficients, cells, spec, bias, factors, out)
-    ways = {'kernels': partial(_by_kernels, *given), 'taps': partial(_by_taps, *given)}
+
+    def kernels() -> torch.Tensor:
+        return convolve(x, mix_cells(coefficients, cells, spec, factors).to(x.dtype), spec, bias, out=out)
+
+    def taps() -> torch.Tensor:
+        y = convolve_mixtures(x, mix_apart(coefficients, cells, spec).to(x.dtype), spec, out)
+        for operation, by_channel in ((y.mul_, factors), (y.add_, bias)):
+            if by_channel is not None:
+                operation(by_channel.view(-1, *(1,) * (y.dim() - 2)))
+        return y
+
+    ways = {'kernels': kernels, 'taps': taps}
     return ways[_way('forward', ways, x, cells, spec)]()
 
 
@@ -89,34 +98,6 @@ def _way(
     if not is_measured(x) or not takes_taps(x, spec):
         return 'taps' if prefers_taps(x, spec, direction.split()[0]) else 'kernels'
     return fastest((f'mix_and_convolve {direction}', x.shape, cells.shape, cells.dtype, spec), ways, x)
-
-
-def _by_kernels(
-    x: torch.Tensor,
-    coefficients: torch.Tensor,
-    cells: torch.Tensor,
-    spec: ConvSpec,
-    bias: torch.Tensor | None,
-    factors: torch.Tensor | None,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
-    return convolve(x, mix_cells(coefficients, cells, spec, factors).to(x.dtype), spec, bias, out=out)
-
-
-def _by_taps(
-    x: torch.Tensor,
-    coefficients: torch.Tensor,
-    cells: torch.Tensor,
-    spec: ConvSpec,
-    bias: torch.Tensor | None,
-    factors: torch.Tensor | None,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
-    y = convolve_mixtures(x, mix_apart(coefficients, cells, spec).to(x.dtype), spec, out)
-    for operation, by_channel in ((y.mul_, factors), (y.add_, bias)):
-        if by_channel is not None:
-            operation(by_channel.view(-1, *(1,) * (y.dim() - 2)))
-    return y
 
 
 def mix_and_convolve_backward(
@@ -143,39 +124,21 @@ def mix_and_convolve_backward(
         Gradients of ``x`` and of the mixtures ``(B, m, co * ci * window)``; each None where not needed. A sample's, or
         where cells are each mixture's own a mixture's, lie side by side.
     """
-    given = (grad, x, coefficients, cells, spec, need_input, need_mixtures)
-    ways = {'kernels': partial(_by_kernels_backward, *given), 'taps': partial(_by_taps_backward, *given)}
+
+    def kernels() -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        made = mix_cells(coefficients, cells, spec)
+        grad_input, grad_kernels = convolve_backward(grad, x, made, spec, need_input, need_mixtures)
+        return grad_input, None if grad_kernels is None else arrange_gradient(grad_kernels, spec)
+
+    def taps() -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        own = cells.dim() > 1 + len(spec.cell_shape)
+        mixed = mix_apart(coefficients, cells, spec)
+        grad_mixed = None
+        if need_mixtures:
+            grad_mixed = empty_buffer(mixed.transpose(0, 1).shape if own else mixed.shape, mixed)
+            grad_mixed = grad_mixed.transpose(0, 1) if own else grad_mixed
+        grad_input = convolve_mixtures_backward(grad, x, mixed, spec, need_input, grad_mixed)
+        return grad_input, None if grad_mixed is None else grad_mixed.flatten(2)
+
+    ways = {'kernels': kernels, 'taps': taps}
     return ways[_way(f'backward {need_input} {need_mixtures}', ways, x, cells, spec)]()
-
-
-def _by_kernels_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    coefficients: torch.Tensor,
-    cells: torch.Tensor,
-    spec: ConvSpec,
-    need_input: bool,
-    need_mixtures: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    kernels = mix_cells(coefficients, cells, spec)
-    grad_input, grad_kernels = convolve_backward(grad, x, kernels, spec, need_input, need_mixtures)
-    return grad_input, None if grad_kernels is None else arrange_gradient(grad_kernels, spec)
-
-
-def _by_taps_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    coefficients: torch.Tensor,
-    cells: torch.Tensor,
-    spec: ConvSpec,
-    need_input: bool,
-    need_mixtures: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    own = cells.dim() > 1 + len(spec.cell_shape)
-    mixed = mix_apart(coefficients, cells, spec)
-    grad_mixed = None
-    if need_mixtures:
-        grad_mixed = empty_buffer(mixed.transpose(0, 1).shape if own else mixed.shape, mixed)
-        grad_mixed = grad_mixed.transpose(0, 1) if own else grad_mixed
-    grad_input = convolve_mixtures_backward(grad, x, mixed, spec, need_input, grad_mixed)
-    return grad_input, None if grad_mixed is None else grad_mixed.flatten(2)

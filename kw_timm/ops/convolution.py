@@ -31,10 +31,10 @@ Gradients = tuple[torch.Tensor | None, torch.Tensor | None]
 
 @dataclass(frozen=True)
 class Way:
-    """A way to convolve; arguments and results of both directions are those of :func:`convolve`, without the bias."""
+    """A way to convolve: arguments and results of both directions are those of :func:`convolve`, without the bias."""
 
     takes: Callable[[torch.Tensor, ConvSpec], bool]
-    forward: Callable[[torch.Tensor, torch.Tensor, ConvSpec], torch.Tensor]
+    forward: Callable[..., torch.Tensor]
     backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ConvSpec, bool, bool], Gradients]
 
 
@@ -66,7 +66,7 @@ def convolve(
     """
     way = by_rule(x, spec)
     if is_measured(x):
-        ways = {name: partial(way.forward, x, kernels, spec) for name, way in WAYS.items() if way.takes(x, spec)}
+        ways = {name: partial(way.forward, x, kernels, spec, out) for name, way in WAYS.items() if way.takes(x, spec)}
         way = fastest(('convolve', x.shape, spec), ways, x)
     if x.shape[0] == 1 and out is None:  # Adds the bias by the way.
         if way == 'loop':
@@ -74,15 +74,7 @@ def convolve(
         if way == 'product' and bias is not None:
             size = (1, kernels.shape[1], *spec.output_size(x))
             return torch.addmm(bias[:, None], kernels.view(size[1], -1), _columns(x, spec)[0]).view(size)
-    if out is None:
-        y = WAYS[way].forward(x, kernels, spec)
-    elif way == 'product':
-        torch.bmm(kernels.flatten(2).squeeze(-1), _columns(x, spec), out=out.flatten(2))
-        y = out
-    elif way == 'loop':
-        y = _loop(x, kernels, spec, out)
-    else:
-        y = out.copy_(WAYS[way].forward(x, kernels, spec))
+    y = WAYS[way].forward(x, kernels, spec, out)
     return y if bias is None else y.add_(bias.view(-1, *(1,) * (y.dim() - 2)))
 
 
@@ -115,8 +107,9 @@ def convolve_backward(
     return WAYS[way].backward(*given)
 
 
-def _product(x: torch.Tensor, kernels: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
-    y = torch.bmm(kernels.flatten(2).squeeze(-1), _columns(x, spec))
+def _product(x: torch.Tensor, kernels: torch.Tensor, spec: ConvSpec, out: torch.Tensor | None = None) -> torch.Tensor:
+    flat = None if out is None else out.flatten(2)
+    y = torch.bmm(kernels.flatten(2).squeeze(-1), _columns(x, spec), out=flat)
     return y.view(x.shape[0], kernels.shape[1], *spec.output_size(x))
 
 
@@ -165,14 +158,20 @@ def _loop_backward(
     return grad_input, grad_kernels
 
 
-def _grouped(last: bool, x: torch.Tensor, kernels: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
-    if not last:
-        return conv_per_sample(x, kernels, None, spec)
+def _grouped(x: torch.Tensor, kernels: torch.Tensor, spec: ConvSpec, out: torch.Tensor | None = None) -> torch.Tensor:
+    y = conv_per_sample(x, kernels, None, spec)
+    return y if out is None else out.copy_(y)
+
+
+def _grouped_last(
+    x: torch.Tensor, kernels: torch.Tensor, spec: ConvSpec, out: torch.Tensor | None = None
+) -> torch.Tensor:
     batch, wide = x.shape[0], _channels_last(x.reshape(1, -1, *x.shape[2:]))
     y = CONV[x.dim() - 2](
         wide, kernels.flatten(0, 1), None, spec.stride, spec.padding, spec.dilation, batch * spec.groups
     )
-    return y.reshape(batch, kernels.shape[1], *y.shape[2:])
+    y = y.reshape(batch, kernels.shape[1], *y.shape[2:])
+    return y if out is None else out.copy_(y)
 
 
 def _grouped_backward(
@@ -194,8 +193,9 @@ def _grouped_backward(
     )
 
 
-def _unfold(x: torch.Tensor, kernels: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
-    y = _by_group(kernels, spec) @ _seen(x, spec)
+def _unfold(x: torch.Tensor, kernels: torch.Tensor, spec: ConvSpec, out: torch.Tensor | None = None) -> torch.Tensor:
+    flat = None if out is None else out.flatten(2).unflatten(1, (spec.groups, -1))
+    y = torch.matmul(_by_group(kernels, spec), _seen(x, spec), out=flat)
     return y.view(x.shape[0], kernels.shape[1], *spec.output_size(x))
 
 
@@ -235,9 +235,9 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
 WAYS: dict[str, Way] = {
     'product': Way(lambda _, spec: spec.is_pointwise, _product, _product_backward),
     'loop': Way(lambda _, spec: not spec.is_pointwise, _loop, _loop_backward),
-    'grouped': Way(lambda _, spec: not spec.is_pointwise, partial(_grouped, False), partial(_grouped_backward, False)),
+    'grouped': Way(lambda _, spec: not spec.is_pointwise, _grouped, partial(_grouped_backward, False)),
     'channels_last': Way(
-        lambda x, spec: not spec.is_pointwise and x.dim() > 3, partial(_grouped, True), partial(_grouped_backward, True)
+        lambda x, spec: not spec.is_pointwise and x.dim() > 3, _grouped_last, partial(_grouped_backward, True)
     ),
     'unfold': Way(lambda x, spec: not spec.is_pointwise and x.dim() == 4, _unfold, _unfold_backward),
 }
